@@ -1,0 +1,24 @@
+"""sfr: deep features of a network supervise its own shallow ones, in two lines of any PyTorch training loop."""
+
+from sfr import transport
+from sfr.config import SFRConfig
+from sfr.criterion import LossParts, SFRLoss
+from sfr.labels import DynamicLabelSmoothing, smooth_labels
+from sfr.losses import EMDL2Loss, emd_l2
+from sfr.nodes import channel_segments
+from sfr.wrapper import SFRWrapper
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DynamicLabelSmoothing",
+    "EMDL2Loss",
+    "LossParts",
+    "SFRConfig",
+    "SFRLoss",
+    "SFRWrapper",
+    "channel_segments",
+    "emd_l2",
+    "smooth_labels",
+    "transport",
+]

@@ -1,0 +1,148 @@
+"""SFRConfig: every switch of the regularizer, with its default and where the default comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeAlias, get_args
+
+Pairs: TypeAlias = Literal["all", "last", "adjacent"]
+Grouping: TypeAlias = Literal["segments", "mean", "crop"]
+Layout: TypeAlias = Literal["auto", "channels_first", "channels_last", "tokens", "vector"]
+Cost: TypeAlias = Literal["sqeuclidean", "cosine"]
+Marginals: TypeAlias = Literal["uniform", "cross"]
+Solver: TypeAlias = Literal["auto", "exact", "sinkhorn"]
+Smoothing: TypeAlias = Literal["class_mean", "uniform", "none"]
+Update: TypeAlias = Literal["running", "epoch"]
+
+DEFAULT_ALPHA: dict[str, float] = {"class_mean": 0.5, "uniform": 0.1, "none": 0.0}
+
+
+def check_choice(argument: str, value: object, choices: object) -> None:
+    """Raise a ``ValueError`` naming `argument` unless `value` is one of the options of the ``Literal`` `choices`."""
+    allowed = get_args(choices)
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def check_number(argument: str, value: object, low: float, high: float = float("inf"), *, whole: bool = False) -> None:
+    """Raise unless `value` is a number (an integer if `whole`) in [`low`, `high`]."""
+    kinds = int if whole else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        kind = "an integer" if whole else "a number"
+        raise TypeError(f"{argument} must be {kind}; got {type(value).__name__} {value!r}")
+    if not low <= value <= high:  # also refuses NaN
+        raise ValueError(f"{argument} must lie in [{low}, {high}]; got {value!r}")
+
+
+@dataclass(frozen=True)
+class SFRConfig:
+    """Every switch of self-feature regularization.
+
+    The loss is ``L_label + weight * min(1, step / warmup) * L_feature``. The method is that of Fan & Hou (arXiv
+    2103.07350, withdrawn), of which only the abstract is known; what the abstract leaves open is *our reading*.
+
+    Args:
+        stages: names of the submodules to tap (a sequence), a regular expression that their full names match (a
+            string), or None to discover them: the last output at each spatial resolution.
+        layout: memory layout of the stage outputs; "auto" infers it from the kind of the stage.
+        weight: λ of the feature term, >= 0. Tf-FD uses 0.005 with plain l2; 0 switches the feature term off.
+        warmup: training steps (calls of the criterion) over which λ rises linearly from 0, >= 0.
+        pairs: which deep stage supervises which shallow one: "all" (every i < j, as Tf-FD), "last" (the deepest
+            supervises all others, as BYOT), "adjacent", or a sequence of (shallow, deep), each a stage name or index.
+        detach_deep: stop the gradient at the deep side, so that it supervises and is not dragged along.
+        max_grid: the maps are average-pooled to at most ``max_grid`` cells along each spatial axis, >= 1.
+        grouping: how many deep channels supervise few shallow ones: "segments" (one plan per segment), "mean" (one
+            plan, on the mean of the segments), "crop" (the first channels only, as Tf-FD). Our reading.
+        cost: ground cost between two local features: "sqeuclidean" (mean over channels) or "cosine" (1 - cos).
+        marginals: mass of each local feature: "uniform" or "cross" (DeepEMD's cross-reference weights).
+        solver: "exact" (POT, scipy), "sinkhorn" (batched, on the device), "auto": exact on CPU, sinkhorn elsewhere.
+        smoothing: label term: "class_mean" (dynamic label smoothing), "uniform" or "none" (plain cross-entropy).
+        alpha: weight of the smoothing distribution in the target, in [0, 1]. None means 0.5 for "class_mean" (Zhang
+            et al., arXiv 2011.12562), 0.1 for "uniform".
+        alpha_end: if given, alpha moves linearly from `alpha` to `alpha_end` over `alpha_steps` steps.
+        alpha_steps: length of that move in training steps, >= 1.
+        momentum: weight of one sample in the running class means, in (0, 1]. 0.01 averages over about 100 samples.
+        update: "running" (class means move at every step) or "epoch" (Zhang et al.; call ``criterion.end_epoch()``).
+
+    Raises:
+        TypeError, ValueError: naming the field, the value got and what is allowed.
+
+    Example:
+        >>> SFRConfig(weight=0.1, pairs="last").weight
+        0.1
+    """
+
+    stages: str | Sequence[str] | None = None
+    layout: Layout = "auto"
+    weight: float = 0.05
+    warmup: int = 0
+    pairs: Pairs | Sequence[tuple[int | str, int | str]] = "all"
+    detach_deep: bool = True
+    max_grid: int = 4
+    grouping: Grouping = "segments"
+    cost: Cost = "sqeuclidean"
+    marginals: Marginals = "uniform"
+    solver: Solver = "auto"
+    smoothing: Smoothing = "class_mean"
+    alpha: float | None = None
+    alpha_end: float | None = None
+    alpha_steps: int = 1
+    momentum: float = 0.01
+    update: Update = "running"
+
+    def __post_init__(self) -> None:
+        check_choice("layout", self.layout, Layout)
+        check_choice("grouping", self.grouping, Grouping)
+        check_choice("cost", self.cost, Cost)
+        check_choice("marginals", self.marginals, Marginals)
+        check_choice("solver", self.solver, Solver)
+        check_choice("smoothing", self.smoothing, Smoothing)
+        check_choice("update", self.update, Update)
+        check_number("weight", self.weight, 0)
+        check_number("warmup", self.warmup, 0, whole=True)
+        check_number("max_grid", self.max_grid, 1, whole=True)
+        check_number("alpha_steps", self.alpha_steps, 1, whole=True)
+        check_number("momentum", self.momentum, 1e-6, 1)
+        for name in ("alpha", "alpha_end"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0, 1)
+        if not isinstance(self.detach_deep, bool):
+            raise TypeError(f"detach_deep must be a bool; got {self.detach_deep!r}")
+        if isinstance(self.pairs, str):
+            check_choice("pairs", self.pairs, Pairs)
+        else:
+            self._freeze("pairs", tuple(_pair(pair) for pair in self.pairs))
+            if not self.pairs:
+                raise ValueError("pairs must hold at least one (shallow, deep) pair; got an empty sequence")
+        if self.stages is not None and not isinstance(self.stages, str):
+            self._freeze("stages", tuple(self.stages))
+
+    def _freeze(self, name: str, value: tuple[Any, ...]) -> None:
+        object.__setattr__(self, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dict that JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SFRConfig:
+        """Build a configuration from :meth:`to_dict`'s result, also after a round trip through JSON.
+
+        Raises:
+            ValueError: if a key is no field.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"SFRConfig has no field {unknown}; it has {known}")
+        return cls(**values)
+
+
+def _pair(pair: object) -> tuple[int | str, int | str]:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise ValueError(f"pairs must be (shallow, deep) pairs of stage names or indices; got {pair!r}")
+    for stage in pair:
+        if not isinstance(stage, (int, str)) or isinstance(stage, bool):
+            raise TypeError(f"pairs must name stages by name or index; got {stage!r}")
+    return pair[0], pair[1]

@@ -1,0 +1,140 @@
+"""Any feature layout -> nodes: the local feature vectors (B, N, C) of one map, and their channel segments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sfr.config import Grouping, Layout
+
+Grid = tuple[int, ...]
+
+
+def spatial_shape(feature: Tensor, layout: Layout) -> Grid:
+    """Return the size of each spatial axis of a feature map: () for a vector, (N,) for N tokens.
+
+    Args:
+        feature: a stage output whose first axis is the batch.
+        layout: "channels_first" (B, C, ...), "channels_last" (B, ..., C), "tokens" (B, N, C) or "vector" (B, C).
+
+    Raises:
+        ValueError: if the feature has not the number of axes that its layout needs.
+    """
+    axes = {"vector": (2, 2), "tokens": (3, 3), "channels_first": (3, 5), "channels_last": (3, 5)}
+    low, high = axes[layout]
+    if not low <= feature.ndim <= high:
+        raise ValueError(f"layout {layout!r} needs {low} to {high} axes; got shape {tuple(feature.shape)}")
+    return tuple(feature.shape[2:] if layout == "channels_first" else feature.shape[1:-1])
+
+
+def common_grids(shallow: Grid, deep: Grid, max_grid: int) -> tuple[Grid, Grid]:
+    """Return the grids to pool a pair of maps to: at most `max_grid` cells an axis, and no map is ever enlarged.
+
+    A token sequence counts as one axis of at most ``max_grid**2`` cells. Where the two maps have the same number of
+    axes, the shallow one takes the grid of the deep one as far as it is large enough.
+
+    Example:
+        >>> common_grids((32, 32), (4, 4), max_grid=8)
+        ((4, 4), (4, 4))
+    """
+    deep_grid = _limited(deep, max_grid)
+    if len(shallow) == len(deep):
+        return tuple(map(min, shallow, deep_grid)), deep_grid
+    return _limited(shallow, max_grid), deep_grid
+
+
+def _limited(shape: Grid, max_grid: int) -> Grid:
+    limit = max_grid**2 if len(shape) == 1 else max_grid
+    return tuple(min(size, limit) for size in shape)
+
+
+def to_nodes(feature: Tensor, layout: Layout, grid: Grid) -> Tensor:
+    """Average-pool a feature map to `grid` and return its cells as nodes.
+
+    Args:
+        feature: a stage output, see :func:`spatial_shape`.
+        layout: its memory layout, not "auto".
+        grid: cells along each spatial axis, none larger than the map's own.
+
+    Returns:
+        Nodes of shape (B, N, C) with N the number of cells, in float32 (float64 stays).
+    """
+    if layout == "vector":
+        nodes = feature.unsqueeze(1)
+    else:
+        if layout != "channels_first":
+            feature = feature.movedim(-1, 1)
+        if tuple(feature.shape[2:]) != grid:
+            feature = _pool(feature, grid)
+        nodes = feature.flatten(2).transpose(1, 2)
+    return nodes if nodes.dtype == torch.float64 else nodes.float()
+
+
+def _pool(feature: Tensor, grid: Grid) -> Tensor:
+    pools: tuple[Callable[..., Tensor], ...] = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+    return pools[len(grid) - 1](feature, grid)
+
+
+def channel_segments(nodes: Tensor, channels: int) -> Tensor:
+    """Cut the channels of nodes into segments of `channels` consecutive ones (many-to-one; our reading).
+
+    ``G = C // channels`` segments, at least one. Where C is no multiple of `channels` the channels are first
+    average-pooled to ``G * channels``.
+
+    Args:
+        nodes: local features, shape (B, N, C).
+        channels: channels per segment, 1 <= channels <= C.
+
+    Returns:
+        Segments of shape (B, G, N, channels).
+
+    Raises:
+        ValueError: if `channels` is not in [1, C].
+
+    Example:
+        >>> channel_segments(torch.zeros(2, 5, 64), 16).shape
+        torch.Size([2, 4, 5, 16])
+    """
+    batch, count, width = nodes.shape
+    if not 1 <= channels <= width:
+        raise ValueError(f"channels must lie in [1, {width}], the channels of the nodes; got {channels}")
+    groups = width // channels
+    if groups * channels != width:
+        nodes = F.adaptive_avg_pool1d(nodes, groups * channels)
+    return nodes.reshape(batch, count, groups, channels).transpose(1, 2)
+
+
+def match_channels(shallow: Tensor, deep: Tensor, grouping: Grouping) -> tuple[Tensor, Tensor]:
+    """Bring a pair of nodes to the same number of channels without any parameter.
+
+    The deep nodes are cut into G segments as wide as the shallow ones (:func:`channel_segments`). Where the deep map
+    is the narrower one, the shallow nodes are cut and averaged instead, and G = 1.
+
+    Args:
+        shallow: nodes of shape (B, N, C).
+        deep: nodes of shape (B, M, D).
+        grouping: "segments": one problem per segment; "mean": one, against the mean of the segments; "crop": one, of
+            the first min(C, D) channels of both.
+
+    Returns:
+        Nodes (B * G, N, min(C, D)) and (B * G, M, min(C, D)), the G problems of an image next to each other.
+    """
+    width = min(shallow.shape[2], deep.shape[2])
+    if grouping == "crop":
+        return shallow[:, :, :width], deep[:, :, :width]
+    if width < shallow.shape[2]:
+        shallow = channel_segments(shallow, width).mean(dim=1)
+    segments = channel_segments(deep, width)
+    if grouping == "mean":
+        return shallow, segments.mean(dim=1)
+    groups = segments.shape[1]
+    return shallow.repeat_interleave(groups, dim=0), segments.flatten(0, 1)
+
+
+def cells(grid: Grid) -> int:
+    """Return the number of nodes of a grid; a vector is one node."""
+    return math.prod(grid)

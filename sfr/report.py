@@ -1,0 +1,183 @@
+"""The preflight report: what SFR does to a model and what it costs, before a long run is started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sfr.criterion import SFRLoss
+from sfr.measure import StepCost, compare_steps
+from sfr.nodes import cells, common_grids, match_channels, spatial_shape, to_nodes
+from sfr.stages import resolve_pairs
+from sfr.wrapper import SFRWrapper, split_arguments
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One tapped stage: its name, the kind of module, the shape of its output, and the layout taken."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    layout: str
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """One (shallow, deep) pair: nodes of both sides, channels compared, and problems solved per image."""
+
+    shallow: str
+    deep: str
+    nodes: tuple[int, int]
+    channels: int
+    segments: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :meth:`sfr.SFRWrapper.report` found; ``print`` it.
+
+    Args:
+        stages: the tapped stages, in forward order.
+        pairs: the pairs that supervise.
+        solver: the transport solver that "auto" stands for on this device.
+        plain: time and memory of a step of the plain model with cross-entropy.
+        sfr: time and memory of a step of the wrapped model with :class:`sfr.SFRLoss`.
+    """
+
+    stages: tuple[StageRow, ...]
+    pairs: tuple[PairRow, ...]
+    solver: str
+    plain: StepCost
+    sfr: StepCost
+
+    @property
+    def time_ratio(self) -> float:
+        """Median time of a step with SFR over that of the plain step."""
+        return self.sfr.median / self.plain.median
+
+    @property
+    def memory_ratio(self) -> float:
+        """Peak memory of a step with SFR over that of the plain step."""
+        return self.sfr.peak_bytes / max(1, self.plain.peak_bytes)
+
+    def __str__(self) -> str:
+        stages = [(row.name, row.kind, "x".join(map(str, row.shape)), row.layout) for row in self.stages]
+        pairs = [
+            (row.shallow, row.deep, f"{row.nodes[0]} x {row.nodes[1]}", row.channels, row.segments)
+            for row in self.pairs
+        ]
+        times, peaks = (self.plain.median, self.sfr.median), (self.plain.peak_bytes, self.sfr.peak_bytes)
+        return "\n".join(
+            [
+                _table(("stage", "module", "output", "layout"), stages),
+                "",
+                _table(("shallow", "supervised by", "nodes", "channels", "segments"), pairs),
+                "",
+                f"solver: {self.solver}",
+                f"step:   {times[0] * 1e3:.1f} ms plain, {times[1] * 1e3:.1f} ms with SFR ({self.time_ratio:.2f}x, "
+                f"medians of {len(self.plain.seconds)}, forward and backward)",
+                f"memory: {peaks[0] / 2**20:.1f} MiB plain, {peaks[1] / 2**20:.1f} MiB with SFR "
+                f"({self.memory_ratio:.2f}x, peak of one step)",
+            ]
+        )
+
+
+def report(model: SFRWrapper, example_input: Any, repeats: int = 5) -> Report:
+    """Run a few training steps on random labels and tell what SFR does and what it costs.
+
+    Nothing is left behind: buffers, gradients, training mode and random state are put back. Under several processes
+    call it on any one rank or on all, before the model is prepared for them.
+
+    Args:
+        model: the wrapped model; stages not yet discovered are.
+        example_input: arguments of one forward, best a batch of the size to be trained with: a tensor, a tuple or a
+            dict. The model must return logits (B, K).
+        repeats: timed steps of each kind, >= 1.
+
+    Returns:
+        A :class:`Report`.
+    """
+    args, kwargs = split_arguments(example_input)
+    criterion = SFRLoss(model)
+    criterion.labels.sync = False
+    with _unchanged(model):
+        logits = model(*args, **kwargs)
+        target = torch.randint(logits.shape[1], (logits.shape[0],), device=logits.device)
+        features = model.take_features(logits)
+        stages, pairs = _describe(criterion, features)
+
+        def plain_step() -> None:
+            with model.disable():
+                logits = model(*args, **kwargs)
+            F.cross_entropy(logits, target).backward()
+
+        def sfr_step() -> None:
+            criterion(model(*args, **kwargs), target).backward()
+
+        costs = compare_steps({"plain": plain_step, "sfr": sfr_step}, logits.device, repeats)
+    solver: str = criterion.config.solver
+    if solver == "auto":
+        solver = f"auto ({'exact' if logits.device.type == 'cpu' else 'sinkhorn'} on {logits.device.type})"
+    return Report(stages, pairs, solver, costs["plain"], costs["sfr"])
+
+
+def _describe(criterion: SFRLoss, features: dict[str, Tensor]) -> tuple[tuple[StageRow, ...], tuple[PairRow, ...]]:
+    config, model = criterion.config, criterion.model
+    layouts = {name: criterion.layout_of(name, feature) for name, feature in features.items()}
+    stages = tuple(
+        StageRow(name, type(model.stage(name)).__name__, tuple(feature.shape), layouts[name])
+        for name, feature in features.items()
+    )
+    pairs = []
+    names = list(features)
+    for i, j in resolve_pairs(config.pairs, names):
+        shallow, deep = features[names[i]][:1], features[names[j]][:1]
+        grids = common_grids(
+            spatial_shape(shallow, layouts[names[i]]), spatial_shape(deep, layouts[names[j]]), config.max_grid
+        )
+        _, matched = match_channels(
+            to_nodes(shallow, layouts[names[i]], grids[0]),
+            to_nodes(deep, layouts[names[j]], grids[1]),
+            config.grouping,
+        )
+        sizes = (cells(grids[0]), cells(grids[1]))
+        pairs.append(PairRow(names[i], names[j], sizes, matched.shape[2], matched.shape[0]))
+    return stages, tuple(pairs)
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Train inside, and put buffers, gradients, mode and random state back afterwards."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {parameter.device for parameter, _ in gradients if parameter.device.type == "cuda"}
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
+            model.train()
+            yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+        for module, mode in modes:
+            module.training = mode
+
+
+def _table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    lines = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )

@@ -1,0 +1,130 @@
+"""The hooks: they record stage outputs in a training forward and let go of them after use."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class Tap:
+    """Forward hook that hands the output of one stage to its :class:`Recorder`."""
+
+    def __init__(self, name: str, recorder: Recorder) -> None:
+        self.name = name
+        self.recorder = recorder
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.recorder.record(self.name, output)
+
+
+class Recorder:
+    """The features of the last training forward of one model.
+
+    Between :meth:`begin` and :meth:`end` the taps record, each once; outside they do nothing, so that evaluation,
+    a sub-module called on its own, and the recomputation of gradient checkpointing leave no trace.
+    """
+
+    def __init__(self) -> None:
+        self.features: dict[str, Tensor] = {}
+        self._recording = False
+        self._handles: list[RemovableHandle] = []
+        self._names: tuple[str, ...] = ()
+
+    def attach(self, stages: Mapping[str, nn.Module]) -> None:
+        """Put a tap on each stage."""
+        self._names = tuple(stages)
+        self._handles = [stage.register_forward_hook(Tap(name, self)) for name, stage in stages.items()]
+
+    def detach(self) -> None:
+        """Take every tap off and forget all features."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._names = [], ()
+        self.abort()
+
+    def begin(self) -> None:
+        """Start to record a new forward; features nobody used are dropped."""
+        self.features = {}
+        self._recording = True
+
+    def record(self, name: str, output: Any) -> None:
+        """Keep the tensor of a stage's output.
+
+        Raises:
+            RuntimeError: if the stage has been recorded in this forward already.
+            TypeError: if the output holds no floating tensor.
+        """
+        if not self._recording:
+            return
+        if name in self.features:
+            raise RuntimeError(
+                f"stage {name!r} fired twice in one forward: it is shared or called in a loop. Tap the modules around "
+                "it instead, with stages=[...]."
+            )
+        self.features[name] = tensor_of(name, output)
+
+    def end(self) -> None:
+        """Close the record.
+
+        Raises:
+            RuntimeError: if a stage was not called, or only without gradient.
+        """
+        self._recording = False
+        silent = [name for name in self._names if name not in self.features]
+        if silent:
+            self.features = {}
+            raise RuntimeError(
+                f"stage(s) {silent} did not fire in this forward: the module was skipped, replaced after wrapping, or "
+                "its parent calls .forward() directly. Leave it out of stages=[...], or wrap after the change."
+            )
+
+    def abort(self) -> None:
+        """Stop recording and forget the features of this forward."""
+        self._recording = False
+        self.features = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Features belong to one autograd graph: they can neither be copied nor pickled, and a copy has no use for them.
+        return self.__dict__ | {"features": {}, "_recording": False}
+
+
+def tensor_of(name: str, output: Any) -> Tensor:
+    """Return the feature tensor in a stage's output: the tensor itself, or the first floating one of a container.
+
+    Raises:
+        TypeError: naming the stage, if there is none.
+    """
+    if isinstance(output, Mapping):
+        candidates = list(output.values())
+    else:
+        candidates = list(output) if isinstance(output, (tuple, list)) else [output]
+    for candidate in candidates:
+        if isinstance(candidate, Tensor) and candidate.is_floating_point():
+            return candidate
+    raise TypeError(
+        f"stage {name!r} returns no floating-point tensor but {type(output).__name__}; "
+        "tap a submodule that does, with stages=[...]"
+    )
+
+
+def same_forward(logits: Tensor, features: Mapping[str, Tensor]) -> bool:
+    """Whether the logits were computed from one of the features: a walk back through the autograd graph.
+
+    Features without a graph (of frozen layers) cannot tell; if none has one the answer is True.
+    """
+    targets = {feature.grad_fn for feature in features.values() if feature.grad_fn is not None}
+    if not targets:
+        return True
+    waiting, visited = deque([logits.grad_fn]), set()
+    while waiting:
+        node = waiting.popleft()
+        if node in targets:
+            return True
+        if node is not None and node not in visited:
+            visited.add(node)
+            waiting.extend(parent for parent, _ in node.next_functions)
+    return False

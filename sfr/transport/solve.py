@@ -1,0 +1,118 @@
+"""solve(): one entry for every solver; it checks, normalises and dispatches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sfr.config import Solver, check_choice, check_number
+from sfr.transport.exact import exact_plan
+from sfr.transport.sinkhorn import sinkhorn_plan
+
+
+def solve(
+    cost: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    solver: Solver = "auto",
+    *,
+    epsilon: float = 0.02,
+    iterations: int = 100,
+) -> Tensor:
+    r"""Solve a batch of optimal transport problems and return a plan with exactly the given marginals.
+
+    .. math:: X^* = \arg\min_X \sum_{pq} X_{pq} C_{pq} \quad\text{s.t.}\quad X 1 = a,\; X^T 1 = b,\; X \ge 0
+
+    The plan is a constant: no gradient flows through the solver. By the envelope theorem the gradient of
+    ``(plan * cost).sum()`` through `cost` alone is the exact gradient of the transport cost.
+
+    POT's ``ot.solve_batch`` covers only entropic plans, takes an absolute regularization (one value for problems of
+    different scale), synchronises with the host to test convergence, and does not return feasible plans. Here the
+    regularization is relative to each problem's own scale, the loop never waits for the device, every plan is rounded
+    onto its marginals, and the exact plan is offered behind the same interface.
+
+    Args:
+        cost: ground cost, shape (B, N, M) or (N, M), any floating dtype, any scale, any sign. A problem whose cost is
+            not finite gets the independent coupling ``a bᵀ``.
+        a: row masses, shape (B, N) or (N,), >= 0; default uniform ``1/N``.
+        b: column masses, shape (B, M) or (M,), >= 0, with the same sum as `a`; default uniform ``1/M``.
+        solver: "exact", "sinkhorn" or "auto" (exact for CPU tensors, sinkhorn elsewhere).
+        epsilon: entropic regularization of "sinkhorn" relative to the standard deviation of the doubly centred cost.
+        iterations: number of iterations of "sinkhorn".
+
+    Returns:
+        The plan, shape of `cost`; float64 for a float64 cost, else float32; on the device of `cost`.
+
+    Raises:
+        TypeError: if `cost` is no floating tensor.
+        ValueError: for wrong shapes, an unknown solver, and (CPU tensors only, to spare a device the wait) for
+            negative or non-finite masses or sums of `a` and `b` that differ.
+
+    Reference:
+        Peyré & Cuturi, Computational Optimal Transport, 2019. Flamary et al., POT: Python Optimal Transport, 2021.
+
+    Example:
+        >>> solve(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])
+    """
+    check_choice("solver", solver, Solver)
+    check_number("epsilon", epsilon, 1e-6)
+    check_number("iterations", iterations, 1, whole=True)
+    if not isinstance(cost, Tensor) or not cost.is_floating_point():
+        got = cost.dtype if isinstance(cost, Tensor) else type(cost).__name__
+        raise TypeError(f"cost must be a floating-point tensor; got {got}")
+    if cost.ndim not in (2, 3) or 0 in cost.shape[-2:]:
+        raise ValueError(f"cost must have shape (B, N, M) or (N, M), N and M >= 1; got {tuple(cost.shape)}")
+    dtype = cost.dtype if cost.dtype == torch.float64 else torch.float32
+    with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
+        batch = cost.detach().to(dtype).reshape(-1, *cost.shape[-2:])
+        finite = batch.isfinite().all(dim=2).all(dim=1)[:, None, None]
+        batch = torch.where(finite, batch, 0.0)
+        rows = _masses("a", a, batch, batch.shape[1])
+        columns = _masses("b", b, batch, batch.shape[2])
+        mass = rows.sum(dim=1, keepdim=True)
+        _check_equal_mass(mass, columns.sum(dim=1, keepdim=True))
+        rows, columns = _normalised(rows), _normalised(columns)
+        if solver == "auto":
+            solver = "exact" if batch.device.type == "cpu" else "sinkhorn"
+        if solver == "exact":
+            plan = exact_plan(batch, rows, columns, uniform=a is None and b is None)
+        else:
+            plan = sinkhorn_plan(batch, rows, columns, epsilon=epsilon, iterations=iterations)
+        independent = rows[:, :, None] * columns[:, None, :]
+        plan = torch.where(finite, plan, independent) * mass[:, :, None]
+    return plan.reshape(cost.shape)
+
+
+def _masses(argument: str, masses: Tensor | None, batch: Tensor, size: int) -> Tensor:
+    """Expand the masses of one side to (B, size), checked as far as that costs no wait for the device."""
+    count = batch.shape[0]
+    if masses is None:
+        return batch.new_full((count, size), 1.0 / size)
+    if not isinstance(masses, Tensor):
+        raise TypeError(f"{argument} must be a tensor; got {type(masses).__name__}")
+    if masses.shape not in ((size,), (count, size)):
+        raise ValueError(f"{argument} must have shape ({count}, {size}) or ({size},); got {tuple(masses.shape)}")
+    masses = masses.detach().to(batch)
+    if masses.device.type == "cpu" and not ((masses >= 0) & masses.isfinite()).all():
+        raise ValueError(f"{argument} must hold finite masses >= 0; got a minimum of {masses.min().item()}")
+    return masses.expand(count, size)
+
+
+def _check_equal_mass(rows: Tensor, columns: Tensor) -> None:
+    """Refuse marginals no plan can have; only on the CPU, where reading the sums costs no wait."""
+    if rows.device.type == "cpu":
+        differs = ((rows - columns).abs() > 1e-3 * torch.maximum(rows, columns)).flatten()
+        if differs.any():
+            problem = int(differs.nonzero()[0])
+            raise ValueError(
+                f"a and b must have the same sum; in problem {problem} they sum to "
+                f"{rows[problem].item():.6g} and {columns[problem].item():.6g}"
+            )
+
+
+def _normalised(masses: Tensor) -> Tensor:
+    """Scale each row to sum 1; a row without any mass becomes uniform (its plan is scaled back to zero)."""
+    total = masses.sum(dim=1, keepdim=True)
+    return torch.where(total > 0, masses / total.clamp_min(1e-30), 1.0 / masses.shape[1])

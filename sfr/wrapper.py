@@ -1,0 +1,229 @@
+"""SFRWrapper: a model whose stages are tapped, and that is otherwise the model itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sfr.config import SFRConfig
+from sfr.stages import StageFinder, find_stages
+from sfr.taps import Recorder, Tap, same_forward
+
+if TYPE_CHECKING:
+    from sfr.report import Report
+
+
+class SFRWrapper(nn.Module):
+    """Wrap a model so that a training forward records the outputs of its stages for :class:`sfr.SFRLoss`.
+
+    The wrapper adds nothing to the model. It shares the model's own tables of parameters, buffers and submodules, so
+    that ``parameters()``, ``named_modules()`` and ``state_dict()`` carry the model's own names and load into the plain
+    model and back; attributes it does not have itself are read from and written to the model. In evaluation mode and
+    under ``torch.no_grad()`` nothing is recorded.
+
+    Stages not named in the configuration are discovered: from `example_input` if given, else in the first training
+    forward, at no extra cost.
+
+    Args:
+        model: any ``nn.Module``; wrap it before DDP, FSDP or ``accelerator.prepare``.
+        config: the switches; default ``SFRConfig()``.
+        example_input: arguments for one forward in evaluation mode without gradient: a tensor, a tuple of
+            positional or a dict of keyword arguments.
+        **overrides: fields of :class:`sfr.SFRConfig` that replace those of `config`.
+
+    Raises:
+        TypeError: if `model` is no ``nn.Module``, or for an override that is no field of the configuration.
+        ValueError: if the model is wrapped already, or a stage is unknown, or there are fewer than two.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU(), nn.Flatten())
+        >>> model = SFRWrapper(model, example_input=torch.zeros(1, 3, 16, 16))
+        >>> model.stage_names
+        ('1', '3')
+        >>> type(model.unwrap()).__name__
+        'Sequential'
+    """
+
+    _model: nn.Module
+    _config: SFRConfig
+    _recorder: Recorder
+    _stage_names: tuple[str, ...] | None
+    _disabled: bool
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SFRConfig | None = None,
+        *,
+        example_input: Any = None,
+        **overrides: Any,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+        for name, module in model.named_modules():
+            tapped = any(isinstance(hook, Tap) for hook in module._forward_hooks.values())
+            if isinstance(module, SFRWrapper) or tapped:
+                raise ValueError(f"the model is wrapped already (at {name or 'its root'!r}); call unwrap() first")
+        super().__init__()
+        self._parameters = model._parameters
+        self._buffers = model._buffers
+        self._modules = model._modules
+        self._non_persistent_buffers_set = model._non_persistent_buffers_set
+        self.training = model.training
+        # Past nn.Module's own __setattr__, which would make the model a submodule of itself.
+        object.__setattr__(self, "_model", model)
+        self._config = dataclasses.replace(config or SFRConfig(), **overrides)
+        self._recorder = Recorder()
+        self._stage_names = None
+        self._disabled = False
+        if self._config.stages is not None:
+            self._tap(find_stages(model, self._config.stages))
+        elif example_input is not None:
+            self._discover_from(example_input)
+
+    @property
+    def sfr_config(self) -> SFRConfig:
+        """The configuration of the wrapper and of the criterion made from it."""
+        return self._config
+
+    @property
+    def stage_names(self) -> tuple[str, ...] | None:
+        """Names of the tapped submodules; None before they are discovered."""
+        return self._stage_names
+
+    def stage(self, name: str) -> nn.Module:
+        """Return a tapped submodule by its name."""
+        return self._model.get_submodule(name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model; in a training forward with gradient, record the outputs of its stages."""
+        if self._disabled or not self._model.training or not torch.is_grad_enabled():
+            self._recorder.abort()
+            return self._model(*args, **kwargs)
+        if self._stage_names is None:
+            return self._discovering_forward(*args, **kwargs)
+        self._recorder.begin()
+        try:
+            output = self._model(*args, **kwargs)
+        except BaseException:
+            self._recorder.abort()
+            raise
+        self._recorder.end()
+        return output
+
+    def take_features(self, logits: Tensor) -> dict[str, Tensor]:
+        """Hand over the features of the last training forward, in forward order, and forget them.
+
+        Args:
+            logits: the output that the features must belong to.
+
+        Raises:
+            RuntimeError: if there are none, or they belong to another forward than the logits.
+        """
+        features, self._recorder.features = self._recorder.features, {}
+        if not features:
+            raise RuntimeError(
+                "no features are recorded. The criterion needs a forward of the wrapped model (not of the plain or "
+                "unwrapped one) in training mode and with gradient just before it, and uses its features once. For a "
+                "validation loss call criterion.eval(), or compute it under torch.no_grad()."
+            )
+        if not same_forward(logits, features):
+            raise RuntimeError(
+                "the logits do not come from the last training forward of the wrapped model, whose features are "
+                "recorded; call the criterion right after each forward, with its output"
+            )
+        return features
+
+    @contextmanager
+    def disable(self) -> Iterator[None]:
+        """Switch self-feature regularization off: inside, the model is plain and the criterion is cross-entropy."""
+        before, self._disabled = self._disabled, True
+        try:
+            yield
+        finally:
+            self._disabled = before
+
+    @property
+    def disabled(self) -> bool:
+        """Whether the code runs inside :meth:`disable`."""
+        return self._disabled
+
+    def unwrap(self) -> nn.Module:
+        """Take the taps off and return the very model that was wrapped."""
+        self._recorder.detach()
+        self._stage_names = ()
+        return self._model
+
+    def report(self, *args: Any, **kwargs: Any) -> Report:
+        """Show what SFR does to this model and measure what it costs; see :func:`sfr.report.report`."""
+        from sfr.report import report
+
+        return report(self, *args, **kwargs)
+
+    def _tap(self, stages: Mapping[str, nn.Module]) -> None:
+        self._recorder.attach(stages)
+        self._stage_names = tuple(stages)
+
+    def _discovering_forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            raise RuntimeError("stages cannot be discovered inside torch.compile; pass example_input= or stages=")
+        with StageFinder(self._model) as finder:
+            output = self._model(*args, **kwargs)
+        found = finder.found()
+        self._tap({name: module for name, (module, _) in found.items()})
+        self._recorder.features = {name: feature for name, (_, feature) in found.items()}
+        return output
+
+    def _discover_from(self, example_input: Any) -> None:
+        args, kwargs = split_arguments(example_input)
+        modes = [(module, module.training) for module in self._model.modules()]
+        try:
+            self._model.eval()
+            with StageFinder(self._model) as finder, torch.no_grad():
+                self._model(*args, **kwargs)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        self._tap({name: module for name, (module, _) in finder.found().items()})
+
+    # What follows makes the wrapper indistinguishable from the model to the code around it.
+
+    def train(self, mode: bool = True) -> SFRWrapper:
+        self._model.train(mode)
+        self.training = mode
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model.load_state_dict(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_model":  # not there yet while copy and pickle build the object
+            raise AttributeError(name)
+        return getattr(self._model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_") or name in self.__dict__ or hasattr(type(self), name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__:
+            super().__delattr__(name)
+        else:
+            delattr(self._model, name)
+
+
+def split_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Turn an example input into the positional and keyword arguments of a forward."""
+    if isinstance(example_input, Mapping):
+        return (), dict(example_input)
+    return (tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)), {}
