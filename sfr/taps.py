@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -55,7 +56,7 @@ class Recorder:
         """Keep the tensor of a stage's output.
 
         Raises:
-            RuntimeError: if the stage has been recorded in this forward already.
+            RuntimeError: if the stage has been recorded in this forward already, or runs without gradient.
             TypeError: if the output holds no floating tensor.
         """
         if not self._recording:
@@ -65,13 +66,18 @@ class Recorder:
                 f"stage {name!r} fired twice in one forward: it is shared or called in a loop. Tap the modules around "
                 "it instead, with stages=[...]."
             )
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"stage {name!r} ran without gradient inside a training forward. With gradient checkpointing pass "
+                "use_reentrant=False; a part of the model under torch.no_grad() cannot be a stage."
+            )
         self.features[name] = tensor_of(name, output)
 
     def end(self) -> None:
         """Close the record.
 
         Raises:
-            RuntimeError: if a stage was not called, or only without gradient.
+            RuntimeError: if a stage was not called.
         """
         self._recording = False
         silent = [name for name in self._names if name not in self.features]

@@ -1,0 +1,190 @@
+"""What a training step costs with SFR, against the plain step: time and peak memory, measured side by side.
+
+    python benchmarks/overhead.py                                    # on the CPU, random images
+    python benchmarks/overhead.py --data-dir DIR                     # on CIFAR-100 images from local Parquet
+    python benchmarks/overhead.py --device cuda --precision bf16     # on a GPU
+
+Two copies of a model take turns, one plain with cross-entropy, one wrapped with SFRLoss, on the same batches. A step
+is forward, loss, backward and optimizer. The table shows medians and their ratio; the JSON holds every single time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import version
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sfr
+from sfr.measure import StepCost, compare_steps
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+from cifar_data import load_splits  # noqa: E402
+from cifar_models import build_model  # noqa: E402
+
+Batch = tuple[Tensor, Tensor]
+
+
+def main() -> None:
+    """Measure every model asked for, print the table and write the JSON."""
+    args = parse_arguments()
+    device = torch.device(args.device)
+    batches = load_batches(args, device)
+    config = sfr.SFRConfig.from_dict(json.loads(args.config))
+    results = {}
+    for name in args.models:
+        costs = measure(name, config, batches, args, device)
+        results[name] = summary(costs)
+        print(row(name, results[name]), flush=True)
+    record = {
+        "environment": environment(device),
+        "settings": settings(args),
+        "sfr": config.to_dict(),
+        "models": results,
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\n{table(results)}\n\nwrote {args.output}")
+
+
+def measure(
+    name: str, config: sfr.SFRConfig, batches: list[Batch], args: argparse.Namespace, device: torch.device
+) -> dict[str, StepCost]:
+    """Return the cost of the plain step and of the step with SFR, after `args.train_steps` of training."""
+    torch.manual_seed(0)
+    plain = build_model(name, 100).to(device, memory_format=memory_format(args))
+    criterion = nn.CrossEntropyLoss()
+    train = make_step(plain, criterion, batches, args)
+    for _ in range(args.train_steps):  # the features of an untrained network are an easy case
+        train()
+    wrapped = sfr.SFRWrapper(copy.deepcopy(plain), config)
+    steps = {
+        "plain": make_step(plain, criterion, batches, args),
+        "sfr": make_step(wrapped, sfr.SFRLoss(wrapped), batches, args),
+    }
+    return compare_steps(steps, device, args.repeats, warmup=2)
+
+
+def make_step(
+    model: nn.Module, criterion: nn.Module, batches: list[Batch], args: argparse.Namespace
+) -> Callable[[], None]:
+    """Return one training step on the next batch."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    endless = cycle(batches)
+    bfloat16 = args.precision == "bf16"
+
+    def step() -> None:
+        images, labels = next(endless)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
+            loss = criterion(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def load_batches(args: argparse.Namespace, device: torch.device) -> list[Batch]:
+    """Return a few batches on the device: of CIFAR-100, or random ones without --data-dir."""
+    count, size = 8, args.batch_size
+    if args.data_dir is None:
+        images, labels = torch.randn(count * size, 3, 32, 32), torch.randint(0, 100, (count * size,))
+    else:
+        train = load_splits("cifar100", args.data_dir, count * size, 0.0).train
+        loaded = [train.collate([train[i] for i in range(k * size, (k + 1) * size)]) for k in range(count)]
+        images, labels = (torch.cat(parts) for parts in zip(*loaded, strict=True))
+    images = images.to(device).contiguous(memory_format=memory_format(args))
+    return list(zip(images.split(size), labels.to(device).split(size), strict=True))
+
+
+def memory_format(args: argparse.Namespace) -> torch.memory_format:
+    return torch.channels_last if args.channels_last else torch.contiguous_format
+
+
+def summary(costs: dict[str, StepCost]) -> dict[str, Any]:
+    plain, with_sfr = costs["plain"], costs["sfr"]
+    return {
+        "plain_seconds": plain.seconds,
+        "sfr_seconds": with_sfr.seconds,
+        "time_ratio": with_sfr.median / plain.median,
+        "plain_peak_bytes": plain.peak_bytes,
+        "sfr_peak_bytes": with_sfr.peak_bytes,
+        "memory_ratio": with_sfr.peak_bytes / plain.peak_bytes,
+        "plain_median": plain.median,
+        "sfr_median": with_sfr.median,
+    }
+
+
+def row(name: str, result: dict[str, Any]) -> str:
+    return (
+        f"| {name} | {result['plain_median'] * 1e3:.1f} | {result['sfr_median'] * 1e3:.1f} | "
+        f"{result['time_ratio']:.3f}x | {result['plain_peak_bytes'] / 2**20:.0f} | "
+        f"{result['sfr_peak_bytes'] / 2**20:.0f} | {result['memory_ratio']:.3f}x |"
+    )
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    header = (
+        "| model | plain, ms | SFR, ms | time | plain, MiB | SFR, MiB | peak memory |\n|---|---|---|---|---|---|---|"
+    )
+    return "\n".join([header, *(row(name, result) for name, result in results.items())])
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("batch_size", "precision", "channels_last", "repeats", "train_steps")
+    return {name: getattr(args, name) for name in names} | {"images": "cifar100" if args.data_dir else "random"}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what a reader needs to repeat the measurement: device, versions, commit, date."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "torchvision", "numpy", "scipy", "pot")},
+        "commit": commit.stdout.strip() + ("+changes" if changed.stdout.strip() else ""),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--models", nargs="+", default=["resnet20", "resnet18"], help="names as in examples/train_cifar.py")
+    add("--data-dir", type=Path, help="CIFAR-100 Parquet files; random images without it")
+    add("--batch-size", type=int, default=128)
+    add("--repeats", type=int, default=9, help="timed steps of each kind")
+    add("--train-steps", type=int, default=30, help="plain training before the measurement")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--precision", choices=["fp32", "bf16"], default="fp32")
+    add("--channels-last", action="store_true", help="the memory format that convolutions prefer")
+    add("--config", default="{}", metavar="JSON", help='SFRConfig fields, as in \'{"grouping": "mean"}\'')
+    add("--output", type=Path, help="default benchmarks/results/overhead-DEVICE.json")
+    args = parser.parse_args()
+    args.output = args.output or ROOT / "benchmarks" / "results" / f"overhead-{args.device}.json"
+    return args
+
+
+if __name__ == "__main__":
+    main()

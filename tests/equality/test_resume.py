@@ -1,0 +1,63 @@
+"""A straight run = stop, save, load into fresh objects and resume, bit for bit."""
+
+import io
+
+import pytest
+import torch
+
+import sfr
+
+OPTIONS = {
+    "running": {"warmup": 6},
+    "epoch": {"update": "epoch"},
+    "schedule": {"smoothing": "uniform", "alpha": 0.3, "alpha_end": 0.0, "alpha_steps": 7},
+}
+
+
+def new_run(make_net, options):
+    torch.manual_seed(1)
+    model = sfr.SFRWrapper(make_net(), weight=0.5, **options)
+    return model, sfr.SFRLoss(model), torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+
+
+def train(run, batches):
+    model, criterion, optimizer = run
+    losses = []
+    for epoch in batches.chunk(2):
+        for images in epoch:
+            loss = criterion(model(images), torch.arange(8) % 3)
+            losses.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        if criterion.config.update == "epoch":
+            criterion.end_epoch()
+    return losses
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_resuming_continues_bit_for_bit(make_net, options):
+    batches = torch.randn(8, 8, 3, 16, 16)
+    straight = new_run(make_net, options)
+    expected = train(straight, batches[:4]) + train(straight, batches[4:])
+
+    stopped = new_run(make_net, options)
+    losses = train(stopped, batches[:4])
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in stopped], file)
+    file.seek(0)
+    resumed = new_run(make_net, options)
+    for part, state in zip(resumed, torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    assert losses + train(resumed, batches[4:]) == expected
+    final, reference = resumed[0].state_dict(), straight[0].state_dict()
+    assert all(torch.equal(final[name], reference[name]) for name in reference)
+
+
+def test_without_the_criterions_state_the_run_would_differ(make_net):
+    batches = torch.randn(8, 8, 3, 16, 16)
+    run = new_run(make_net, OPTIONS["running"])
+    expected = train(run, batches[:4]) + train(run, batches[4:])
+    run = new_run(make_net, OPTIONS["running"])
+    losses = train(run, batches[:4])
+    assert losses + train((run[0], sfr.SFRLoss(run[0]), run[2]), batches[4:]) != expected

@@ -1,0 +1,242 @@
+"""The criterion is label term + weight(t) * feature term, and says so when it cannot be."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sfr
+
+
+@pytest.fixture
+def build(make_net, batch):
+    """Return a builder of (wrapped model, criterion) with the stages '1', '3', '5'."""
+
+    def build(**options):
+        model = sfr.SFRWrapper(make_net(), example_input=batch[0], **options)
+        return model, sfr.SFRLoss(model)
+
+    return build
+
+
+def test_the_loss_is_the_label_term_and_the_mean_over_pairs_of_emd_l2(build, batch):
+    model, criterion = build(weight=0.3, max_grid=2, smoothing="none")
+    logits = model(batch[0])
+    maps = [F.adaptive_avg_pool2d(feature, 2) for feature in model._recorder.features.values()]
+    nodes = [feature.flatten(2).transpose(1, 2) for feature in maps]
+    terms = []
+    for shallow, deep in ((0, 1), (0, 2), (1, 2)):
+        width = nodes[shallow].shape[2]
+        segments = nodes[deep].split(width, dim=2)
+        terms.append(torch.stack([sfr.emd_l2(nodes[shallow], segment) for segment in segments]).mean())
+    expected = F.cross_entropy(logits, batch[1]) + 0.3 * torch.stack(terms).mean()
+    loss = criterion(logits, batch[1])
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.stack(list(criterion.last.pairs.values())), torch.stack(terms))
+
+
+@pytest.mark.parametrize("pairs", ["all", "last", "adjacent", [("1", "5")]])
+@pytest.mark.parametrize("grouping", ["segments", "mean", "crop"])
+@pytest.mark.parametrize("marginals", ["uniform", "cross"])
+@pytest.mark.parametrize("cost", ["sqeuclidean", "cosine"])
+def test_every_combination_of_options_trains(build, batch, pairs, grouping, marginals, cost):
+    model, criterion = build(pairs=pairs, grouping=grouping, marginals=marginals, cost=cost, weight=1.0)
+    criterion(model(batch[0]), batch[1])
+    feature_only = criterion.last.feature
+    assert feature_only.isfinite()
+    assert feature_only > 0
+    assert len(criterion.last.pairs) == {"all": 3, "last": 2, "adjacent": 2}.get(str(pairs), 1)
+
+
+def feature_gradients(model, criterion, batch):
+    """Gradients of the feature term alone, by parameter name."""
+    logits = model(batch[0])
+    loss = criterion(logits, batch[1]) - F.cross_entropy(logits, batch[1])
+    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return {
+        name: 0.0 if gradient is None else gradient.abs().sum().item()
+        for (name, _), gradient in zip(model.named_parameters(), gradients, strict=True)
+    }
+
+
+def test_the_deep_side_is_not_moved_by_the_feature_term(build, batch):
+    gradients = feature_gradients(*build(pairs=[("1", "3")], smoothing="none", weight=1.0), batch)
+    assert gradients["0.weight"] > 1e-4
+    assert gradients["2.weight"] < 1e-6
+
+
+def test_the_deep_side_is_moved_if_asked_for(build, batch):
+    options = {"pairs": [("1", "3")], "smoothing": "none", "weight": 1.0, "detach_deep": False}
+    assert feature_gradients(*build(**options), batch)["2.weight"] > 1e-4
+
+
+def test_a_deep_stage_narrower_or_of_odd_width_supervises_too(batch):
+    for widths in ((16, 8, 4), (6, 10, 15)):
+        layers = [nn.Conv2d(i, o, 3, 2, 1) for i, o in zip((3, *widths), widths, strict=False)]
+        model = sfr.SFRWrapper(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), weight=1.0)
+        criterion = sfr.SFRLoss(model)
+        criterion(model(batch[0]), batch[1] % widths[-1]).backward()
+        assert criterion.last.feature > 0
+
+
+def test_a_map_can_supervise_one_of_fewer_nodes():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.Upsample(scale_factor=3), nn.Conv2d(4, 8, 3))
+    model = sfr.SFRWrapper(nn.Sequential(net, nn.AdaptiveAvgPool2d(1), nn.Flatten()), stages=["0.0", "0.2"])
+    criterion = sfr.SFRLoss(model)
+    criterion(model(torch.randn(2, 3, 12, 12)), torch.tensor([0, 1])).backward()
+    assert criterion.last.feature > 0
+
+
+def test_a_vector_stage_is_one_node(make_net, batch):
+    model = sfr.SFRWrapper(make_net(), stages=["5", "7"])
+    criterion = sfr.SFRLoss(model)
+    criterion(model(batch[0]), batch[1]).backward()
+    assert criterion.last.feature > 0
+
+
+def test_the_weight_warms_up_linearly(build, batch):
+    model, criterion = build(weight=0.5, warmup=4)
+    weights = []
+    for _ in range(6):
+        criterion(model(batch[0]), batch[1])
+        weights.append(criterion.last.weight)
+    assert weights == [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
+
+
+def test_the_parts_of_the_last_loss_add_up_and_hold_no_graph(build, batch):
+    model, criterion = build(weight=0.2)
+    assert criterion.last is None
+    loss = criterion(model(batch[0]), batch[1])
+    parts = criterion.last.as_dict()
+    assert parts["label"] + parts["weight"] * parts["feature"] == pytest.approx(loss.item(), rel=1e-6)
+    assert not criterion.last.label.requires_grad
+    assert not criterion.last.feature.requires_grad
+    assert list(criterion.last.pairs) == ["1 <- 3", "1 <- 5", "3 <- 5"]
+
+
+def test_the_criterion_owns_no_parameter_of_the_model(build):
+    _, criterion = build()
+    assert not list(criterion.parameters())
+    assert sorted(criterion.state_dict()) == ["_extra_state", "labels._extra_state"]
+
+
+def test_validation_loss_is_plain_cross_entropy_and_changes_nothing(build, batch):
+    model, criterion = build()
+    expected = F.cross_entropy(model.eval()(batch[0]), batch[1])
+    with torch.no_grad():
+        assert torch.equal(criterion(model(batch[0]), batch[1]), expected)
+    assert torch.equal(criterion.eval()(model(batch[0]), batch[1]), expected)
+    assert criterion.step == criterion.labels.step == 0
+
+
+def test_bfloat16_autocast_gives_a_float32_loss_near_that_of_float32(build, batch):
+    model, criterion = build(weight=1.0)
+    expected = criterion(model(batch[0]), batch[1])
+    criterion = sfr.SFRLoss(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = criterion(model(batch[0]), batch[1])
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=0.02, atol=0)
+
+
+def test_no_forward_before_the_criterion_is_an_error(build, batch):
+    _, criterion = build()
+    with pytest.raises(RuntimeError, match="no features are recorded"):
+        criterion(torch.randn(8, 10, requires_grad=True), batch[1])
+
+
+def test_an_evaluation_forward_before_the_criterion_is_an_error_that_says_what_to_do(build, batch):
+    model, criterion = build()
+    model(batch[0])  # features of an older forward must not be used instead
+    logits = model.eval()(batch[0])
+    with pytest.raises(RuntimeError, match=r"training mode.*criterion\.eval\(\)"):
+        criterion(logits, batch[1])
+
+
+def test_logits_of_another_batch_are_an_error(build, batch):
+    model, criterion = build()
+    old = model(batch[0])
+    model(torch.randn_like(batch[0]))
+    with pytest.raises(RuntimeError, match="do not come from the last training forward"):
+        criterion(old, batch[1])
+
+
+def test_detached_logits_are_an_error(build, batch):
+    model, criterion = build()
+    with pytest.raises(RuntimeError, match="do not come from the last training forward"):
+        criterion(model(batch[0]).detach(), batch[1])
+
+
+def test_features_serve_one_loss_only(build, batch):
+    model, criterion = build()
+    logits = model(batch[0])
+    criterion(logits, batch[1])
+    with pytest.raises(RuntimeError, match="uses its features once"):
+        criterion(logits, batch[1])
+
+
+def test_a_model_without_wrapper_is_an_error(make_net):
+    with pytest.raises(TypeError, match=r"needs an SFRWrapper.*got Sequential"):
+        sfr.SFRLoss(make_net())
+
+
+def test_the_wrapper_is_found_inside_other_wrappers(build):
+    class Parallel(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    model, _ = build()
+    assert sfr.SFRLoss(Parallel(model)).model is model
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (torch.full((8,), 10), r"class indices must lie in \[0, 9\]; got values from 10 to 10"),
+        (torch.full((8,), -1), r"got values from -1"),
+        (torch.rand(8, 9), r"soft targets must have shape \(8, 10\); got \(8, 9\)"),
+        (torch.zeros(4, dtype=torch.long), r"class indices must have shape \(8,\); got \(4,\)"),
+    ],
+)
+def test_targets_that_do_not_fit_are_an_error(build, batch, target, message):
+    model, criterion = build()
+    with pytest.raises(ValueError, match=message):
+        criterion(model(batch[0]), target)
+
+
+def test_soft_targets_train(build, batch):
+    model, criterion = build()
+    soft = torch.rand(8, 10).softmax(dim=1)
+    criterion(model(batch[0]), soft).backward()
+    assert criterion.last.label > 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nonfinite_features_of_one_image_warn_once_and_spare_the_others(make_net, batch, value):
+    net = make_net()
+    model = sfr.SFRWrapper(net, stages=["1", "3", "5"], weight=1.0, smoothing="none")
+    criterion = sfr.SFRLoss(model)
+    criterion(model(batch[0]), batch[1])
+    sound = criterion.last.feature
+
+    def spoil(model):
+        feature = model._recorder.features["1"]
+        model._recorder.features["1"] = torch.cat([torch.full_like(feature[:1], value), feature[1:]])
+
+    losses = []
+    for _ in range(2):
+        logits = model(batch[0])
+        spoil(model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loss = criterion(logits, batch[1])
+        losses.append((loss, [str(warning.message) for warning in caught]))
+    assert len(losses[0][1]) == 1
+    assert "non-finite features" in losses[0][1][0]
+    assert not losses[1][1]
+    assert 0 < criterion.last.feature < sound
+    losses[1][0].backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

@@ -1,0 +1,53 @@
+"""The preflight report tells what will be done, and leaves nothing behind."""
+
+import copy
+
+import pytest
+import torch
+from torchvision import models
+
+import sfr
+
+
+def test_the_report_shows_stages_pairs_and_cost(make_net, batch):
+    model = sfr.SFRWrapper(make_net(), max_grid=2)
+    report = model.report(batch[0], repeats=2)
+    assert [row.name for row in report.stages] == ["1", "3", "5"]
+    assert report.stages[1].shape == (8, 16, 8, 8)
+    assert [(row.shallow, row.deep, row.nodes, row.channels, row.segments) for row in report.pairs] == [
+        ("1", "3", (4, 4), 8, 2),
+        ("1", "5", (4, 4), 8, 4),
+        ("3", "5", (4, 4), 16, 2),
+    ]
+    assert report.time_ratio > 0
+    assert report.sfr.peak_bytes > report.plain.peak_bytes > 0
+    text = str(report)
+    for part in ("ReLU", "8x16x8x8", "channels_first", "4 x 4", "auto (exact on cpu)", "with SFR"):
+        assert part in text
+
+
+def test_the_report_leaves_the_model_as_it_was():
+    plain = models.resnet18(num_classes=3)
+    model = sfr.SFRWrapper(plain)
+    model.eval()
+    plain.conv1.weight.grad = torch.ones_like(plain.conv1.weight)
+    before, state = copy.deepcopy(plain.state_dict()), torch.get_rng_state()
+    model.report(torch.zeros(2, 3, 64, 64), repeats=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
+    assert torch.equal(plain.conv1.weight.grad, torch.ones_like(plain.conv1.weight))
+    assert plain.fc.weight.grad is None
+
+
+def test_the_report_works_from_a_dict_of_arguments(make_net, batch):
+    assert sfr.SFRWrapper(make_net()).report({"input": batch[0]}, repeats=1).stages
+
+
+def test_a_fresh_criterion_is_not_touched_by_a_report(make_net, batch):
+    model = sfr.SFRWrapper(make_net())
+    criterion = sfr.SFRLoss(model)
+    model.report(batch[0], repeats=1)
+    assert criterion.step == 0
+    with pytest.raises(RuntimeError, match="no features are recorded"):
+        criterion(torch.zeros(8, 10, requires_grad=True), batch[1])

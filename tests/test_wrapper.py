@@ -1,0 +1,337 @@
+"""The wrapper records what the criterion needs, and is the plain model in every other way."""
+
+import copy
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torchvision import models
+
+import sfr
+
+
+def hooks_of(model):
+    return [hook for module in model.modules() for hook in module._forward_hooks.values()]
+
+
+def features_of(model):
+    return model._recorder.features
+
+
+@pytest.fixture
+def net(make_net):
+    return make_net()
+
+
+def test_forward_gives_the_bits_of_the_plain_model(net, batch):
+    expected = net(batch[0])
+    model = sfr.SFRWrapper(net)
+    for _ in range(2):  # the discovering forward, and one after it
+        assert torch.equal(model(batch[0]), expected)
+
+
+def test_names_of_parameters_modules_and_state_are_the_models_own():
+    plain = models.resnet18(num_classes=3)
+    expected = [
+        [name for name, _ in plain.named_parameters()],
+        [name for name, _ in plain.named_buffers()],
+        [name for name, _ in plain.named_modules()],
+        list(plain.state_dict()),
+    ]
+    model = sfr.SFRWrapper(plain, stages="layer.")
+    assert expected == [
+        [name for name, _ in model.named_parameters()],
+        [name for name, _ in model.named_buffers()],
+        [name for name, _ in model.named_modules()],
+        list(model.state_dict()),
+    ]
+    assert all(a is b for a, b in zip(plain.parameters(), model.parameters(), strict=True))
+
+
+def test_state_dict_loads_into_the_plain_model_and_back(make_net, batch):
+    wrapped, plain = sfr.SFRWrapper(make_net()), make_net()
+    plain.load_state_dict(wrapped.state_dict())
+    assert torch.equal(plain(batch[0]), wrapped(batch[0]))
+    other = make_net()
+    wrapped.load_state_dict(other.state_dict())
+    assert torch.equal(other(batch[0]), wrapped(batch[0]))
+
+
+def test_parameters_of_the_models_own_root_are_shared(batch):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+            self.register_buffer("count", torch.zeros(()))
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3, 2))
+
+        def forward(self, x):
+            self.count += 1
+            return self.body(x).mean((2, 3)) * self.scale
+
+    plain = Scaled()
+    model = sfr.SFRWrapper(plain).double()
+    assert plain.scale.dtype == plain.body[0].weight.dtype == torch.float64
+    model(batch[0].double())
+    assert model.count == plain.count == 1
+    assert dict(model.named_parameters())["scale"] is plain.scale
+
+
+def test_unwrap_returns_the_same_object_without_hooks(net, batch):
+    model = sfr.SFRWrapper(net)
+    model(batch[0])
+    assert hooks_of(net)
+    assert model.unwrap() is net
+    assert not hooks_of(net)
+    assert not features_of(model)
+
+
+@pytest.mark.parametrize("stages", [None, ["1", "3"]], ids=["discovering", "named"])
+def test_no_hook_is_left_after_an_exception_in_the_middle_of_a_forward(net, batch, stages):
+    model = sfr.SFRWrapper(net, stages=stages)
+    with pytest.raises(RuntimeError):
+        model(batch[0][:, :2])
+    assert not features_of(model)
+    plain = model.unwrap()
+    assert not hooks_of(plain)
+    assert plain(batch[0]).shape == (8, 10)
+
+
+def test_training_goes_on_after_an_exception_in_a_forward(net, batch):
+    model = sfr.SFRWrapper(net, stages=["1", "3"])
+    criterion = sfr.SFRLoss(model)
+    with pytest.raises(RuntimeError):
+        model(batch[0][:, :2])
+    criterion(model(batch[0]), batch[1]).backward()
+
+
+def test_an_unwrapped_wrapper_does_not_train_silently_without_features(net, batch):
+    model = sfr.SFRWrapper(net)
+    criterion = sfr.SFRLoss(model)
+    model.unwrap()
+    with pytest.raises(RuntimeError, match="no features are recorded"):
+        criterion(model(batch[0]), batch[1])
+
+
+def test_evaluation_and_no_grad_record_nothing(net, batch):
+    model = sfr.SFRWrapper(net, example_input=batch[0])
+    model.eval()
+    model(batch[0])
+    assert not features_of(model)
+    model.train()
+    with torch.no_grad():
+        model(batch[0])
+    assert not features_of(model)
+
+
+def test_features_are_released_after_use(net, batch):
+    model = sfr.SFRWrapper(net, example_input=batch[0])
+    criterion = sfr.SFRLoss(model)
+    logits = model(batch[0])
+    feature = weakref.ref(features_of(model)["3"])
+    loss = criterion(logits, batch[1])
+    assert not features_of(model)
+    loss.backward()
+    del loss, logits
+    assert feature() is None
+
+
+def test_an_example_input_leaves_mode_buffers_and_random_state_alone():
+    plain = models.resnet18(num_classes=3)
+    plain.layer1.eval()
+    before, modes = copy.deepcopy(plain.state_dict()), [module.training for module in plain.modules()]
+    state = torch.get_rng_state()
+    sfr.SFRWrapper(plain, example_input=torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in plain.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
+
+
+def test_train_and_eval_reach_the_model(net):
+    model = sfr.SFRWrapper(net)
+    assert model.eval() is model
+    assert not net.training
+    assert not net[0].training
+    model.train()
+    assert net.training
+    assert model.training
+
+
+def test_attributes_are_read_from_and_written_to_the_model():
+    plain = models.resnet18(num_classes=3)
+    model = sfr.SFRWrapper(plain)
+    assert model.fc is plain.fc
+    assert model.inplanes == 512
+    model.fc = nn.Linear(512, 7)
+    model.note = "kept"
+    assert plain.fc.out_features == 7
+    assert plain.note == "kept"
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 7)
+    del model.note
+    assert not hasattr(plain, "note")
+    with pytest.raises(AttributeError, match="no_such"):
+        _ = model.no_such
+
+
+def test_a_model_wrapped_twice_is_an_error(net, batch):
+    model = sfr.SFRWrapper(net, example_input=batch[0])
+    for again in (model, net, nn.Sequential(model)):
+        with pytest.raises(ValueError, match="wrapped already"):
+            sfr.SFRWrapper(again)
+    sfr.SFRWrapper(model.unwrap(), example_input=batch[0])
+
+
+def test_only_modules_can_be_wrapped():
+    with pytest.raises(TypeError, match=r"nn\.Module; got str"):
+        sfr.SFRWrapper("resnet18")
+
+
+def test_an_unknown_option_is_an_error(net):
+    with pytest.raises(TypeError, match="lambda_"):
+        sfr.SFRWrapper(net, lambda_=1)
+
+
+def test_disable_makes_it_the_plain_model_and_the_plain_loss(net, batch):
+    model = sfr.SFRWrapper(net, example_input=batch[0])
+    criterion = sfr.SFRLoss(model)
+    with model.disable():
+        logits = model(batch[0])
+        loss = criterion(logits, batch[1])
+        assert not features_of(model)
+    assert torch.equal(loss, nn.functional.cross_entropy(logits, batch[1]))
+    assert criterion.step == 0
+    model(batch[0])
+    assert features_of(model)
+
+
+def test_a_deep_copy_is_independent_also_between_forward_and_loss(net, batch):
+    model = sfr.SFRWrapper(net, example_input=batch[0])
+    model(batch[0])
+    twin = copy.deepcopy(model)
+    assert not features_of(twin)
+    assert twin.unwrap() is not net
+    twin = copy.deepcopy(model)
+    criterion = sfr.SFRLoss(twin)
+    criterion(twin(batch[0]), batch[1]).backward()
+    assert all(parameter.grad is not None for parameter in twin.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert len(features_of(model)) == 3
+
+
+def test_model_and_criterion_copied_together_stay_together(net, batch):
+    model = sfr.SFRWrapper(net, example_input=batch[0])
+    twin, criterion = copy.deepcopy((model, sfr.SFRLoss(model)))
+    assert criterion.model is twin
+    criterion(twin(batch[0]), batch[1]).backward()
+
+
+@pytest.mark.parametrize("way", ["pickle", "torch.save"])
+def test_a_wrapped_model_can_be_saved_whole(net, batch, way):
+    model = sfr.SFRWrapper(net, example_input=batch[0])
+    expected = model(batch[0])
+    if way == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    assert torch.equal(twin(batch[0]), expected)
+    assert list(features_of(twin)) == ["1", "3", "5"]
+    plain = twin.unwrap()
+    assert type(plain) is nn.Sequential
+    assert not hooks_of(plain)
+
+
+class Outputs(nn.Module):
+    """A net whose middle stage gives whatever is asked for."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.first, self.middle = nn.Conv2d(3, 4, 3), Middle(make)
+        self.last = nn.Conv2d(4, 8, 3, 2)
+
+    def forward(self, x):
+        self.middle(self.first(x))
+        return self.last(self.first.weight.new_tensor(0) + self.first_output(x)).mean((2, 3))
+
+    def first_output(self, x):
+        return nn.functional.conv2d(x, self.first.weight)
+
+
+class Middle(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, x):
+        return self.make(x)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda x: (None, x), id="tuple"),
+        pytest.param(lambda x: [x, x + 1], id="list"),
+        pytest.param(lambda x: {"mask": x > 0, "out": x}, id="dict"),
+    ],
+)
+def test_the_first_floating_tensor_of_a_container_is_the_feature(batch, make):
+    model = sfr.SFRWrapper(Outputs(make), stages=["first", "middle"])
+    model(batch[0])
+    assert torch.equal(features_of(model)["middle"], features_of(model)["first"])
+
+
+@pytest.mark.parametrize("make", [lambda x: None, lambda x: "text", lambda x: x > 0], ids=["None", "str", "bool"])
+def test_a_stage_without_a_floating_tensor_is_an_error_that_names_it(batch, make):
+    model = sfr.SFRWrapper(Outputs(make), stages=["first", "middle"])
+    with pytest.raises(TypeError, match="stage 'middle' returns no floating-point tensor"):
+        model(batch[0])
+
+
+def test_a_stage_that_fires_twice_is_an_error_that_names_it(batch):
+    conv = nn.Conv2d(3, 3, 3, padding=1)
+    model = sfr.SFRWrapper(nn.Sequential(conv, conv, nn.Conv2d(3, 4, 3, 2)), stages=["0", "2"])
+    with pytest.raises(RuntimeError, match="stage '0' fired twice"):
+        model(batch[0])
+
+
+def test_a_stage_that_does_not_fire_is_an_error_that_names_it(net, batch):
+    model = sfr.SFRWrapper(net, stages=["1", "3", "5"])
+    setattr(model, "3", nn.ReLU())
+    with pytest.raises(RuntimeError, match=r"\['3'\] did not fire"):
+        model(batch[0])
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant = reentrant
+        self.stem, self.body = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3, 2)
+
+    def forward(self, x):
+        return checkpoint(self.body, self.stem(x), use_reentrant=self.reentrant).mean((2, 3))
+
+
+def test_gradient_checkpointing_records_each_stage_once(batch):
+    plain = Checkpointed(reentrant=False)
+    model = sfr.SFRWrapper(plain, stages=["stem", "body"], detach_deep=False)
+    criterion = sfr.SFRLoss(model)
+    criterion(model(batch[0]), batch[1] % 8).backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    assert not features_of(model)
+    model.zero_grad()
+    plain.forward = lambda x: plain.body(plain.stem(x)).mean((2, 3))
+    sfr.SFRLoss(model)(model(batch[0]), batch[1] % 8).backward()
+    for expected, parameter in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected)
+
+
+def test_reentrant_checkpointing_is_an_error_that_says_what_to_do(batch):
+    model = sfr.SFRWrapper(Checkpointed(reentrant=True), stages=["stem", "body"])
+    with pytest.raises(RuntimeError, match=r"stage 'body' ran without gradient.*use_reentrant=False"):
+        model(batch[0])
