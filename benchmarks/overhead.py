@@ -64,7 +64,7 @@ def measure(
 ) -> dict[str, StepCost]:
     """Return the cost of the plain step and of the step with SFR, after `args.train_steps` of training."""
     torch.manual_seed(0)
-    plain = build_model(name, 100).to(device, memory_format=memory_format(args))
+    plain = build_model(name, 100).to(device).to(memory_format=memory_format(args))
     criterion = nn.CrossEntropyLoss()
     train = make_step(plain, criterion, batches, args)
     for _ in range(args.train_steps):  # the features of an untrained network are an easy case

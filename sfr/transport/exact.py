@@ -7,10 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 import numpy as np
-import ot
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 SIMPLEX_ITERATIONS = 1_000_000
@@ -32,6 +30,8 @@ def exact_plan(cost: Tensor, rows: Tensor, columns: Tensor, *, uniform: bool) ->
     Returns:
         Plans of shape (B, N, M) with the dtype and device of `cost`.
     """
+    from scipy.optimize import linear_sum_assignment
+
     costs = cost.to("cpu", torch.float64).numpy()
     if uniform and cost.shape[1] == cost.shape[2]:
         size = cost.shape[1]
@@ -50,6 +50,8 @@ def _float64_masses(masses: Tensor) -> NDArray[np.float64]:
 
 
 def _simplex(a: NDArray[np.float64], b: NDArray[np.float64], cost: NDArray[np.float64]) -> NDArray[np.float64]:
+    import ot  # loads every array library it finds: not before it is needed
+
     # The simplex compares with absolute tolerances: bring costs of any scale to order one.
     scale = np.abs(cost).max()
     plan, log = ot.emd(a, b, cost / scale if scale > 0 else cost, numItermax=SIMPLEX_ITERATIONS, log=True)
