@@ -116,6 +116,8 @@ class SFRConfig:
             if not self.pairs:
                 raise ValueError("pairs must hold at least one (shallow, deep) pair; got an empty sequence")
         if self.stages is not None and not isinstance(self.stages, str):
+            if isinstance(self.stages, bytes) or not all(isinstance(name, str) for name in self.stages):
+                raise TypeError(f"stages must be names, a regular expression or None; got {self.stages!r}")
             self._freeze("stages", tuple(self.stages))
 
     def _freeze(self, name: str, value: tuple[Any, ...]) -> None:

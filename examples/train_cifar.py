@@ -1,0 +1,330 @@
+"""Train an image classifier with self-feature regularization, with label smoothing or with neither.
+
+    accelerate launch examples/train_cifar.py                                       # digits, a minute
+    accelerate launch examples/train_cifar.py --dataset cifar100 --model resnet18   # from the Hub
+
+Devices, processes and precision are those of `accelerate config` or of the flags of `accelerate
+launch`. Two processes on the CPU (`--cpu --num_processes 2` would start only one):
+
+    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 examples/train_cifar.py
+    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/train_cifar.py
+
+A run that was killed goes on with `--resume` and otherwise the same command line, from the end of
+its last whole epoch; on the CPU it ends with the very weights of an undisturbed run. The result of
+a run is that of its last epoch, never of its best.
+"""
+
+import argparse
+import ast
+import math
+import time
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import set_seed
+from cifar_data import IMAGE_SIZE, SOURCES, ImageSet, Splits, load_splits
+from cifar_metrics import ClassificationMetric
+from cifar_models import build_model
+from run_folder import Record, RunFolder
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+import sfr
+
+SHOW_LOSS_EVERY = 10  # steps, because reading a loss makes the device wait
+
+
+def main(argv: Sequence[str] | None = None) -> nn.Module:
+    """Train as the command line `argv` says; return the trained, plain model."""
+    args = parse_arguments(argv)
+    accelerator = build_accelerator(args)
+    config = run_config(args, accelerator)
+    folder = RunFolder(args.output_dir)
+    epochs_done = folder.check(config, args.resume)
+    with accelerator.local_main_process_first():  # it downloads, the others read its cache
+        splits = load_splits(args.dataset, args.data_dir, args.limit, args.val_fraction)
+    trainer = Trainer(args, accelerator, splits)
+    if args.resume:
+        accelerator.load_state(str(folder.last_checkpoint()))
+        accelerator.print(f"resuming after epoch {epochs_done}")
+
+    accelerator.wait_for_everyone()  # every process has checked the folder as it was
+    if accelerator.is_main_process:
+        folder.start(config, epochs_done)
+    accelerator.init_trackers("sfr", {name: str(value) for name, value in config.items()})
+    announce(accelerator, config, splits, trainer.model, folder)
+
+    for epoch in range(epochs_done + 1, trainer.last_epoch + 1):
+        record = {"epoch": epoch, **trainer.train_epoch(epoch), **trainer.evaluate_curve()}
+        accelerator.print(describe(record))
+        accelerator.log(record, step=epoch)
+        if accelerator.is_main_process:
+            folder.append(record)
+        folder.save_checkpoint(accelerator, epoch)
+
+    test = trainer.evaluate(trainer.test_loader, "test")
+    weights = accelerator.get_state_dict(trainer.model)
+    if accelerator.is_main_process:
+        folder.finish(weights, {**folder.history()[-1], **test})
+    accelerator.print(f"after the last epoch: {describe(test)}\nwrote {folder.path}")
+    accelerator.end_training()
+    model = accelerator.unwrap_model(trainer.model)
+    return model.unwrap() if isinstance(model, sfr.SFRWrapper) else model
+
+
+class Trainer:
+    """What a training step needs, prepared for the devices of this run."""
+
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, splits: Splits) -> None:
+        check_batch_size(args.batch_size, accelerator.num_processes, len(splits.train))
+        self.accelerator = accelerator
+        self.train_loader = self._loader(splits.train, args, shuffle=True)
+        self.test_loader = self._loader(splits.test, args, shuffle=False)
+        self.curve_loader, self.curve_part = self.test_loader, "test"
+        if splits.validation is not None:
+            self.curve_loader = self._loader(splits.validation, args, shuffle=False)
+            self.curve_part = "val"
+
+        self.steps_per_epoch = len(self.train_loader)
+        whole_run = args.epochs * self.steps_per_epoch
+        self.total_steps = min(whole_run, args.max_steps or whole_run)
+        self.last_epoch = math.ceil(self.total_steps / self.steps_per_epoch)
+        self.batch_size: int = args.batch_size
+
+        set_seed(args.seed)  # the same initial weights in all processes ...
+        model, self.criterion = build_model_and_criterion(args, accelerator.device)
+        set_seed(args.seed, device_specific=True)  # ... but crops and flips of their own
+        optimizer = SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
+        self.model, self.optimizer, self.schedule = accelerator.prepare(
+            model, optimizer, warmup_then_cosine(optimizer, whole_run)
+        )
+        accelerator.register_for_checkpointing(self.criterion)
+
+    def _loader(self, images: ImageSet, args: argparse.Namespace, shuffle: bool) -> Any:
+        """Whole batches only where we train: then one process and several take the same steps."""
+        loader = DataLoader(
+            images,
+            args.batch_size,
+            shuffle=shuffle,
+            drop_last=shuffle,
+            collate_fn=images.collate,
+            num_workers=args.num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        return self.accelerator.prepare(loader)
+
+    def train_epoch(self, epoch: int) -> Record:
+        """Train for one epoch, or for as much of it as `--max-steps` leaves."""
+        self.train_loader.set_epoch(epoch)  # the order of the images depends on seed and epoch only
+        self.model.train()
+        steps_before = (epoch - 1) * self.steps_per_epoch
+        steps = min(self.steps_per_epoch, self.total_steps - steps_before)
+        lr = self.schedule.get_last_lr()[0]
+        totals: dict[str, Tensor] = {}
+        start = time.perf_counter()
+        with self._progress_bar(epoch, steps) as bar:
+            for step, (images, labels) in enumerate(islice(self.train_loader, steps), start=1):
+                for name, part in self._step(images, labels).items():
+                    totals[name] = totals[name] + part if name in totals else part
+                bar.update(self.batch_size)
+                if step % SHOW_LOSS_EVERY == 0:
+                    bar.set_postfix({name: f"{total / step:.3f}" for name, total in totals.items()})
+        if isinstance(self.criterion, sfr.SFRLoss) and self.criterion.config.update == "epoch":
+            self.criterion.end_epoch()
+        self._average_buffers()
+        means = {
+            f"train_{name}": self.accelerator.reduce(total / steps, "mean").item() for name, total in totals.items()
+        }
+        seconds = time.perf_counter() - start
+        return {
+            "step": steps_before + steps,
+            "lr": lr,
+            **means,
+            "seconds": round(seconds, 3),
+            "images_per_second": round(steps * self.batch_size / seconds, 1),
+        }
+
+    def _step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        loss = self.criterion(self.model(images), labels)
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        parts = {"loss": loss.detach()}
+        last = getattr(self.criterion, "last", None)  # SFRLoss keeps the parts of its last loss
+        if last is not None:
+            parts |= {"label_loss": last.label, "feature_loss": last.feature}
+        return parts
+
+    def _progress_bar(self, epoch: int, steps: int) -> "tqdm[None]":
+        return tqdm(
+            desc=f"epoch {epoch}/{self.last_epoch}",
+            total=steps * self.batch_size,
+            unit=" images",
+            leave=False,
+            disable=not self.accelerator.is_main_process,
+        )
+
+    def _average_buffers(self) -> None:
+        """Each process has seen its own part of the batches: make their BatchNorm statistics one."""
+        for buffer in self.model.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(self.accelerator.reduce(buffer, "mean"))
+
+    def evaluate_curve(self) -> Record:
+        """Metrics of the held-out part, or of the test set where nothing is held out."""
+        return self.evaluate(self.curve_loader, self.curve_part)
+
+    @torch.no_grad()
+    def evaluate(self, loader: Any, part: str) -> Record:
+        """Metrics over all processes, the padding of the last batch left out."""
+        self.model.eval()
+        metric = ClassificationMetric(keep_in_memory=True)
+        for images, labels in loader:
+            gathered = self.accelerator.gather_for_metrics((self.model(images).float(), labels))
+            logits, labels = (tensor.cpu().numpy() for tensor in gathered)
+            metric.add_batch(predictions=logits, references=labels)
+        return {f"{part}_{name}": value for name, value in (metric.compute() or {}).items()}
+
+
+def build_accelerator(args: argparse.Namespace) -> Accelerator:
+    if args.tracker != "none" and args.tracker not in map(str, get_available_trackers()):
+        raise SystemExit(f"--tracker {args.tracker}: its package is not installed")
+    return Accelerator(
+        log_with=None if args.tracker == "none" else args.tracker,
+        project_dir=args.output_dir,
+        dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=args.seed),
+    )
+
+
+def run_config(args: argparse.Namespace, accelerator: Accelerator) -> Record:
+    """Everything that decides the result of a run, and nothing else: see `--resume`."""
+    try:
+        method = sfr.SFRConfig(**dict(args.sfr)).to_dict() if args.method == "sfr" else None
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"--sfr: {error}") from error
+    elsewhere = ("data_dir", "output_dir", "resume", "tracker", "sfr")
+    return {
+        **{name: value for name, value in vars(args).items() if name not in elsewhere},
+        "sfr": method,
+        "processes": accelerator.num_processes,
+        "device": accelerator.device.type,
+        "precision": accelerator.mixed_precision,
+    }
+
+
+def build_model_and_criterion(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    model = build_model(args.model, SOURCES[args.dataset].num_classes)
+    model = model.to(memory_format=torch.channels_last).to(device)
+    if args.method == "sfr":
+        image = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
+        try:
+            wrapped = sfr.SFRWrapper(model, example_input=image, **dict(args.sfr))
+        except ValueError as error:
+            raise SystemExit(f"--model {args.model}: {error}") from error
+        return wrapped, sfr.SFRLoss(wrapped).to(device)
+    smoothing = 0.1 if args.method == "label-smoothing" else 0.0
+    return model, nn.CrossEntropyLoss(label_smoothing=smoothing)
+
+
+def warmup_then_cosine(optimizer: Optimizer, steps: int) -> LambdaLR:
+    """Linear over the first twentieth of the run, then half a cosine down to zero."""
+    warmup = max(1, steps // 20)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+    return LambdaLR(optimizer, factor)
+
+
+def check_batch_size(batch_size: int, processes: int, images: int) -> None:
+    if batch_size % processes:
+        raise SystemExit(f"--batch-size {batch_size} cannot be split over {processes} processes")
+    if batch_size > images:
+        raise SystemExit(f"--batch-size {batch_size} is more than the {images} training images")
+
+
+def announce(accelerator: Accelerator, config: Record, splits: Splits, model: nn.Module, folder: RunFolder) -> None:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    accelerator.print(
+        f"processes {config['processes']}, device {config['device']}, "
+        f"precision {config['precision']}\n"
+        f"{config['dataset']}: {len(splits.train)} training images, "
+        f"{len(splits.validation or ())} held out, {len(splits.test)} test images\n"
+        f"{config['model']}: {parameters:,} parameters\n"
+        f"method {config['method']}, {config['epochs']} epochs, into {folder.path}"
+    )
+
+
+def describe(record: Record) -> str:
+    shown = {name: value for name, value in record.items() if name not in ("step", "lr", "seconds")}
+    return "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--dataset", choices=list(SOURCES), default="digits", help="digits needs no download")
+    add("--data-dir", type=Path, help="folder with CIFAR's Parquet files, in place of the Hub")
+    add("--model", default="resnet20", help="resnet20, wrn_16_2, any torchvision or timm name")
+    add("--method", choices=["sfr", "label-smoothing", "vanilla"], default="sfr")
+    add("--sfr", nargs="+", type=key_value, default=[], metavar="KEY=VALUE", help="SFRConfig fields")
+    add("--epochs", type=positive, help="default 10 for digits, 200 for CIFAR")
+    add("--batch-size", type=positive, default=128, help="global, split over the processes")
+    add("--lr", type=float, default=0.1, help="peak; not scaled by the number of processes")
+    add("--weight-decay", type=float, default=5e-4)
+    add("--seed", type=int, default=0)
+    add("--val-fraction", type=fraction, default=0.0, help="hold out this part of the training set")
+    add("--max-steps", type=positive, help="stop after so many optimizer steps")
+    add("--limit", type=positive, metavar="N", help="first N training and test images only")
+    add("--num-workers", type=int, default=0, help="loading processes per training process")
+    add("--output-dir", type=Path, help="default runs/DATASET-MODEL-METHOD-seedSEED")
+    add("--resume", action="store_true", help="continue the run in --output-dir")
+    add("--tracker", choices=["none", *LOGGER_TYPE_TO_CLASS], default="none")
+    args = parser.parse_args(argv)
+    if args.sfr and args.method != "sfr":
+        parser.error("--sfr needs --method sfr")
+    if args.data_dir and args.dataset == "digits":
+        parser.error("--data-dir is for CIFAR: the digits come with scikit-learn")
+    args.epochs = args.epochs or SOURCES[args.dataset].epochs
+    name = f"{args.dataset}-{args.model}-{args.method}-seed{args.seed}"
+    args.output_dir = args.output_dir or Path("runs", name)
+    return args
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must lie in [0, 1), got {value}")
+    return value
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+if __name__ == "__main__":
+    main()

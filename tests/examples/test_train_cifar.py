@@ -1,0 +1,342 @@
+"""A run writes what it promises, resumes bit for bit, is the same over processes, and fails early and clearly."""
+
+import json
+import pkgutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import train_cifar
+from cifar_data import load_splits
+from cifar_metrics import ClassificationMetric
+from cifar_models import build_model
+from run_folder import RunFolder
+
+
+def small(output_dir, *arguments):
+    """Three epochs of two steps on 70 digits, so that the last test batch is a partial one."""
+    return [
+        *("--model", "resnet8", "--limit", "70", "--batch-size", "32", "--epochs", "3"),
+        *("--output-dir", str(output_dir), *arguments),
+    ]
+
+
+def train(output_dir, *arguments):
+    return train_cifar.main(small(output_dir, *arguments))
+
+
+def weights(folder):
+    return torch.load(folder / "model.pt", weights_only=True)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(left, right):
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def timeless(records):
+    return [{name: value for name, value in record.items() if "second" not in name} for record in records]
+
+
+def plain_metrics(folder):
+    """The test metrics of a run's saved weights, all images in one batch, in one process."""
+    model = build_model("resnet8", 10).eval()
+    model.load_state_dict(weights(folder))
+    test = load_splits("digits", None, limit=70).test
+    images, labels = test.collate([test[i] for i in range(len(test))])
+    metric = ClassificationMetric(keep_in_memory=True)
+    with torch.no_grad():
+        metric.add_batch(predictions=model(images).numpy(), references=labels.numpy())
+    return {f"test_{name}": value for name, value in metric.compute().items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The folder of a run that nothing has disturbed, to be compared with and not to be changed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train(folder)
+    return folder
+
+
+def test_run_announces_itself_and_writes_every_artefact(tmp_path, capsys):
+    returned = train(tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert "processes 1, device cpu, precision no" in printed
+    assert "digits: 70 training images, 0 held out, 70 test images" in printed
+    assert "after the last epoch: test_accuracy" in printed
+
+    folder = tmp_path / "run"
+    assert [record["epoch"] for record in metrics(folder)] == [1, 2, 3]
+    assert {"train_label_loss", "train_feature_loss", "images_per_second"} <= metrics(folder)[0].keys()
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "config.json").read_text())["method"] == "sfr"
+    plain = build_model("resnet8", 10)
+    plain.load_state_dict(weights(folder), strict=True)
+    assert_same_weights(plain.state_dict(), returned.state_dict())
+
+
+def test_progress_bar_shows_loss_parts_and_images_per_second(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_cifar, "SHOW_LOSS_EVERY", 1)
+    train(tmp_path, "--epochs", "1")
+    bar = capsys.readouterr().err
+    assert all(part in bar for part in ("images/s", "loss=", "label_loss=", "feature_loss="))
+
+
+def test_result_is_that_of_the_last_epoch_on_the_whole_test_set(undisturbed):
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    expected = plain_metrics(undisturbed)
+    assert {name: summary[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert timeless([summary]) == timeless(metrics(undisturbed)[-1:])
+
+
+def test_with_a_held_out_part_the_test_set_is_used_once_at_the_end(tmp_path):
+    train(tmp_path, "--val-fraction", "0.3")
+    for record in metrics(tmp_path):
+        assert "val_accuracy" in record
+        assert "test_accuracy" not in record
+    assert "test_accuracy" in json.loads((tmp_path / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("method", ["vanilla", "label-smoothing"])
+def test_the_other_methods_train_too(tmp_path, method):
+    train(tmp_path, "--method", method, "--epochs", "1")
+    assert "train_feature_loss" not in metrics(tmp_path)[0]
+
+
+def test_sfr_options_reach_the_configuration(tmp_path):
+    train(tmp_path, "--epochs", "1", "--sfr", "weight=0.5", "grouping=mean", "update=epoch")
+    written = json.loads((tmp_path / "config.json").read_text())["sfr"]
+    assert (written["weight"], written["grouping"], written["update"]) == (0.5, "mean", "epoch")
+
+
+def test_max_steps_ends_the_run_within_an_epoch(tmp_path):
+    train(tmp_path, "--max-steps", "3")
+    assert [record["step"] for record in metrics(tmp_path)] == [2, 3]
+
+
+def test_tracker_logs_every_epoch(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tmp_path, "--tracker", "tensorboard")
+    events = EventAccumulator(str(tmp_path / "sfr")).Reload()
+    assert [event.step for event in events.Scalars("train_loss")] == [1, 2, 3]
+
+
+KILLED_AT_THE_FOURTH_STEP = """
+import os, signal, train_cifar
+step, calls = train_cifar.Trainer._step, []
+def fatal(*batch):
+    calls.append(batch)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*batch)
+train_cifar.Trainer._step = fatal
+train_cifar.main()
+"""
+
+
+def test_run_killed_in_mid_epoch_resumes_to_the_weights_of_an_undisturbed_one(tmp_path, environment, undisturbed):
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_THE_FOURTH_STEP, *small(tmp_path / "killed")],
+        env=environment,
+        capture_output=True,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert len(metrics(tmp_path / "killed")) == 1
+    train(tmp_path / "killed", "--resume")
+    assert_same_weights(weights(tmp_path / "killed"), weights(undisturbed))
+    assert timeless(metrics(tmp_path / "killed")) == timeless(metrics(undisturbed))
+
+
+class Killed(BaseException):
+    """Ends a run in this process as a kill would: nothing in the run catches it."""
+
+
+def kill_at_call(monkeypatch, owner, name, number):
+    original, calls = getattr(owner, name), []
+
+    def fatal(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == number:
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, fatal)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "number"),
+    [
+        ("accelerate.Accelerator", "save_state", 2),  # before the second checkpoint
+        ("pathlib.Path", "rename", 2),  # it is written, but has not its name yet
+        ("run_folder.shutil", "rmtree", 3),  # it has its name, the first is still there
+        ("run_folder.RunFolder", "finish", 1),  # trained, but nothing written
+    ],
+)
+def test_kill_around_a_checkpoint_leaves_a_usable_one(tmp_path, monkeypatch, undisturbed, owner, name, number):
+    with monkeypatch.context() as patch:
+        kill_at_call(patch, pkgutil.resolve_name(owner), name, number)
+        with pytest.raises(Killed):
+            train(tmp_path / "killed")
+    train(tmp_path / "killed", "--resume")
+    assert_same_weights(weights(tmp_path / "killed"), weights(undisturbed))
+    assert timeless(metrics(tmp_path / "killed")) == timeless(metrics(undisturbed))
+    assert [path.name for path in RunFolder(tmp_path / "killed").checkpoints()] == ["checkpoint-0003"]
+
+
+def test_resume_is_exact_with_loading_processes(tmp_path, monkeypatch):
+    train(tmp_path / "undisturbed", "--num-workers", "1")
+    with monkeypatch.context() as patch:
+        kill_at_call(patch, train_cifar.Trainer, "_step", 4)
+        with pytest.raises(Killed):
+            train(tmp_path / "killed", "--num-workers", "1")
+    train(tmp_path / "killed", "--num-workers", "1", "--resume")
+    assert_same_weights(weights(tmp_path / "killed"), weights(tmp_path / "undisturbed"))
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    train(tmp_path)
+    before = weights(tmp_path), metrics(tmp_path)
+    train(tmp_path, "--resume")
+    assert_same_weights(weights(tmp_path), before[0])
+    assert metrics(tmp_path) == before[1]
+
+
+TWO_PROCESSES = """
+import os, torch, train_cifar
+model = train_cifar.main()
+torch.save(model.state_dict(), f"{os.environ['OUT']}/rank{os.environ['RANK']}.pt")
+"""
+
+
+def test_two_processes_share_weights_and_measure_what_one_would(tmp_path, environment):
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES)
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = subprocess.run(
+        [*launch, script, *small(tmp_path / "run", "--epochs", "1")],
+        env={**environment, "OUT": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "processes 2, device cpu" in done.stdout
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert_same_weights(*ranks)
+    assert_same_weights(ranks[0], weights(tmp_path / "run"))
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    expected = plain_metrics(tmp_path / "run")
+    assert {name: summary[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (["--lr", "0.2"], "lr was 0.1, is 0.2"),
+        (["--seed", "1"], "seed was 0, is 1"),
+        (["--model", "resnet20"], "model was 'resnet8', is 'resnet20'"),
+        (["--sfr", "weight=0.5"], "sfr was"),
+        (["--epochs", "4", "--batch-size", "16"], "batch_size was 32, is 16; epochs was 3, is 4"),
+    ],
+)
+def test_resume_from_another_configuration_names_what_differs(tmp_path, changed, named):
+    train(tmp_path, "--max-steps", "1")
+    with pytest.raises(SystemExit, match=named):
+        train(tmp_path, "--max-steps", "1", "--resume", *changed)
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
+    train(tmp_path, "--max-steps", "1")
+    before = weights(tmp_path)
+    with pytest.raises(SystemExit, match="holds a run: pass --resume or another --output-dir"):
+        train(tmp_path, "--max-steps", "1")
+    assert_same_weights(weights(tmp_path), before)
+
+
+def test_resume_without_a_run_or_a_checkpoint_is_an_error(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="holds no run"):
+        train(tmp_path, "--resume")
+    with monkeypatch.context() as patch:
+        kill_at_call(patch, train_cifar.Trainer, "_step", 1)
+        with pytest.raises(Killed):
+            train(tmp_path)
+    with pytest.raises(SystemExit, match="holds no checkpoint"):
+        train(tmp_path, "--resume")
+
+
+def test_an_unwritable_output_directory_is_an_error_before_any_step(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    kill_at_call(monkeypatch, train_cifar, "load_splits", 1)
+    with pytest.raises(SystemExit, match=r"--output-dir: cannot write to .*file/run"):
+        train(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", "128"], "--batch-size 128 is more than the 70 training images"),
+        (["--model", "resnet21"], "--model resnet21: no such model"),
+        (["--sfr", "wieght=1"], "--sfr: .*wieght"),
+        (["--sfr", "weight=-1"], "--sfr: weight must lie in"),
+        (["--sfr", "stages='nowhere'"], "nowhere"),
+        (["--tracker", "aim"], "--tracker aim: its package is not installed"),
+    ],
+)
+def test_a_wrong_option_is_an_error_that_leaves_no_run_behind(tmp_path, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        train(tmp_path / "run", *arguments)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--epochs", "0"],
+        ["--val-fraction", "1"],
+        ["--sfr", "weight"],
+        ["--method", "vanilla", "--sfr", "weight=1"],
+        ["--data-dir", "."],
+        ["--dataset", "cifar1000"],
+    ],
+)
+def test_arguments_out_of_range_print_the_usage(tmp_path, capsys, arguments):
+    with pytest.raises(SystemExit):
+        train(tmp_path, *arguments)
+    assert "error: " in capsys.readouterr().err
+
+
+def test_without_network_and_data_dir_one_line_names_both_ways_out(examples, tmp_path, environment):
+    done = subprocess.run(
+        [sys.executable, examples / "train_cifar.py", "--dataset", "cifar100", "--output-dir", "run"],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last_line = done.stderr.strip().splitlines()[-1]
+    assert "unset HF_HUB_OFFLINE" in last_line
+    assert "--data-dir" in last_line
+
+
+def test_warm_up_rises_to_the_peak_and_the_cosine_falls_to_zero():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = train_cifar.warmup_then_cosine(optimizer, steps=100)
+    rates = []
+    for _ in range(101):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert all(np.diff(rates[5:]) < 0)
+    assert rates[100] == pytest.approx(0)
