@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -14,6 +15,7 @@ Marginals: TypeAlias = Literal["uniform", "cross"]
 Solver: TypeAlias = Literal["auto", "exact", "sinkhorn"]
 Smoothing: TypeAlias = Literal["class_mean", "uniform", "none"]
 Update: TypeAlias = Literal["running", "epoch"]
+Reduction: TypeAlias = Literal["mean", "none"]
 
 DEFAULT_ALPHA: dict[str, float] = {"class_mean": 0.5, "uniform": 0.1, "none": 0.0}
 
@@ -26,13 +28,13 @@ def check_choice(argument: str, value: object, choices: object) -> None:
 
 
 def check_number(argument: str, value: object, low: float, high: float = float("inf"), *, whole: bool = False) -> None:
-    """Raise unless `value` is a number (an integer if `whole`) in [`low`, `high`]."""
+    """Raise unless `value` is a finite number (an integer if `whole`) in [`low`, `high`]."""
     kinds = int if whole else (int, float)
     if not isinstance(value, kinds) or isinstance(value, bool):
         kind = "an integer" if whole else "a number"
         raise TypeError(f"{argument} must be {kind}; got {type(value).__name__} {value!r}")
-    if not low <= value <= high:  # also refuses NaN
-        raise ValueError(f"{argument} must lie in [{low}, {high}]; got {value!r}")
+    if not math.isfinite(value) or not low <= value <= high:
+        raise ValueError(f"{argument} must be finite and lie in [{low}, {high}]; got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -112,13 +114,14 @@ class SFRConfig:
         if isinstance(self.pairs, str):
             check_choice("pairs", self.pairs, Pairs)
         else:
-            self._freeze("pairs", tuple(_pair(pair) for pair in self.pairs))
+            self._freeze("pairs", tuple(_pair(pair) for pair in _items("pairs", self.pairs)))
             if not self.pairs:
                 raise ValueError("pairs must hold at least one (shallow, deep) pair; got an empty sequence")
         if self.stages is not None and not isinstance(self.stages, str):
-            if isinstance(self.stages, bytes) or not all(isinstance(name, str) for name in self.stages):
+            stages = _items("stages", self.stages)
+            if not all(isinstance(name, str) for name in stages):
                 raise TypeError(f"stages must be names, a regular expression or None; got {self.stages!r}")
-            self._freeze("stages", tuple(self.stages))
+            self._freeze("stages", stages)
 
     def _freeze(self, name: str, value: tuple[Any, ...]) -> None:
         object.__setattr__(self, name, value)
@@ -139,6 +142,12 @@ class SFRConfig:
         if unknown:
             raise ValueError(f"SFRConfig has no field {unknown}; it has {known}")
         return cls(**values)
+
+
+def _items(argument: str, value: object) -> tuple[Any, ...]:
+    if isinstance(value, bytes) or not isinstance(value, Iterable):
+        raise TypeError(f"{argument} must be a sequence or a string; got {type(value).__name__} {value!r}")
+    return tuple(value)
 
 
 def _pair(pair: object) -> tuple[int | str, int | str]:

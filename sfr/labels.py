@@ -110,13 +110,13 @@ class DynamicLabelSmoothing(nn.Module):
                 index out of range (reading the indices of another device would make the host wait).
         """
         target = checked_target(logits, target)
-        if not self.training or self.alpha == self.alpha_end == 0:
+        if not self.training or self.mode == "none" or self.alpha == self.alpha_end == 0:
             return F.cross_entropy(logits, target)
         alpha = self.current_alpha()
         self.step += 1
         if self.mode != "class_mean":
             return F.cross_entropy(logits, target, label_smoothing=alpha)
-        log_probabilities = F.log_softmax(logits.float(), dim=1)
+        log_probabilities = F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
         self._prepare(log_probabilities)
         smoothed = smooth_labels(target, self.distributions, alpha)
         self._observe(log_probabilities.detach().exp(), target)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfr.config import Cost, Marginals, Solver, check_choice
+from sfr.config import Cost, Marginals, Reduction, Solver, check_choice
 from sfr.transport import solve
 
 
@@ -17,7 +17,7 @@ def emd_l2(
     cost: Cost = "sqeuclidean",
     marginals: Marginals = "uniform",
     solver: Solver = "auto",
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Return the earth mover's distance between two sets of local features.
 
@@ -56,8 +56,7 @@ def emd_l2(
     """
     check_choice("cost", cost, Cost)
     check_choice("marginals", marginals, Marginals)
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction must be 'mean' or 'none'; got {reduction!r}")
+    check_choice("reduction", reduction, Reduction)
     if shallow.ndim != 3 or deep.ndim != 3 or shallow.shape[::2] != deep.shape[::2]:
         raise ValueError(
             "shallow and deep must be nodes of shape (B, N, C) and (B, M, C) with equal B and C; "
@@ -111,12 +110,13 @@ class EMDL2Loss(nn.Module):
         cost: Cost = "sqeuclidean",
         marginals: Marginals = "uniform",
         solver: Solver = "auto",
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         check_choice("cost", cost, Cost)
         check_choice("marginals", marginals, Marginals)
         check_choice("solver", solver, Solver)
+        check_choice("reduction", reduction, Reduction)
         self.cost, self.marginals, self.solver, self.reduction = cost, marginals, solver, reduction
 
     def forward(self, shallow: Tensor, deep: Tensor) -> Tensor:

@@ -22,9 +22,11 @@ def spatial_shape(feature: Tensor, layout: Layout) -> Grid:
         layout: "channels_first" (B, C, ...), "channels_last" (B, ..., C), "tokens" (B, N, C) or "vector" (B, C).
 
     Raises:
-        ValueError: if the feature has not the number of axes that its layout needs.
+        ValueError: if the feature has not the number of axes that its layout needs, or the layout is no such.
     """
     axes = {"vector": (2, 2), "tokens": (3, 3), "channels_first": (3, 5), "channels_last": (3, 5)}
+    if layout not in axes:
+        raise ValueError(f"layout must be one of {', '.join(map(repr, axes))}; got {layout!r}")
     low, high = axes[layout]
     if not low <= feature.ndim <= high:
         raise ValueError(f"layout {layout!r} needs {low} to {high} axes; got shape {tuple(feature.shape)}")

@@ -59,7 +59,7 @@ def round_to_marginals(plan: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 def _standardised(cost: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Centre the cost by rows and columns, which moves no plan, and bring it to standard deviation one."""
-    cost = cost / cost.abs().amax(dim=(1, 2), keepdim=True).clamp_min(TINY)
+    cost = cost / cost.abs().amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(cost.dtype).tiny)
     cost = cost - (cost * columns[:, None, :]).sum(dim=2, keepdim=True)
     cost = cost - (cost * rows[:, :, None]).sum(dim=1, keepdim=True)
     variance = (cost.square() * rows[:, :, None] * columns[:, None, :]).sum(dim=(1, 2), keepdim=True)

@@ -1,0 +1,181 @@
+"""SFRConfig: round trips, what is refused and how, and that it never changes once built."""
+
+import json
+from dataclasses import FrozenInstanceError, fields
+from typing import Any
+
+import pytest
+
+from sfr.config import SFRConfig
+
+FULL: dict[str, Any] = {
+    "stages": ("layer1", "layer2", "layer3"),
+    "layout": "channels_last",
+    "weight": 0.2,
+    "warmup": 100,
+    "pairs": ((0, 2), ("layer1", "layer2")),
+    "detach_deep": False,
+    "max_grid": 7,
+    "grouping": "crop",
+    "cost": "cosine",
+    "marginals": "cross",
+    "solver": "sinkhorn",
+    "smoothing": "uniform",
+    "alpha": 0.3,
+    "alpha_end": 0.1,
+    "alpha_steps": 50,
+    "momentum": 0.05,
+    "update": "epoch",
+}
+
+
+def test_table_of_this_test_covers_every_field_with_another_value_than_the_default() -> None:
+    assert set(FULL) == {field.name for field in fields(SFRConfig)}
+    assert all(value != getattr(SFRConfig(), name) for name, value in FULL.items())
+
+
+@pytest.mark.parametrize("values", [{}, FULL], ids=["defaults", "every field set"])
+def test_dict_round_trip_gives_an_equal_config(values: dict[str, Any]) -> None:
+    config = SFRConfig(**values)
+    assert SFRConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("values", [{}, FULL], ids=["defaults", "every field set"])
+def test_json_round_trip_gives_an_equal_config(values: dict[str, Any]) -> None:
+    config = SFRConfig(**values)
+    assert SFRConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_missing_keys_take_the_defaults() -> None:
+    assert SFRConfig.from_dict({"weight": 0.5}) == SFRConfig(weight=0.5)
+
+
+def test_to_dict_holds_every_field() -> None:
+    assert SFRConfig(**FULL).to_dict() == FULL
+
+
+def test_unknown_key_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"SFRConfig has no field \['wieght'\]; it has .*'weight'"):
+        SFRConfig.from_dict({"wieght": 0.1})
+
+
+@pytest.mark.parametrize("name", list(FULL))
+def test_no_field_can_be_assigned(name: str) -> None:
+    with pytest.raises(FrozenInstanceError):
+        setattr(SFRConfig(), name, FULL[name])
+
+
+def test_lists_become_tuples() -> None:
+    config = SFRConfig(stages=["layer1", "layer2"], pairs=[[0, 1], ["layer1", "layer2"]])  # type: ignore[list-item]
+    assert (config.stages, config.pairs) == (("layer1", "layer2"), ((0, 1), ("layer1", "layer2")))
+
+
+def test_changing_the_list_given_changes_no_config() -> None:
+    stages = ["layer1", "layer2"]
+    config = SFRConfig(stages=stages)
+    stages.append("layer3")
+    assert config.stages == ("layer1", "layer2")
+
+
+def test_equal_configs_have_equal_hashes() -> None:
+    listed = {**FULL, "stages": list(FULL["stages"]), "pairs": [list(pair) for pair in FULL["pairs"]]}
+    assert hash(SFRConfig(**listed)) == hash(SFRConfig(**FULL))
+
+
+def test_regular_expression_for_the_stages_stays_a_string() -> None:
+    assert SFRConfig(stages=r"layer\d").stages == r"layer\d"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("weight", 0),
+        ("weight", 1e6),
+        ("warmup", 0),
+        ("max_grid", 1),
+        ("alpha", 0),
+        ("alpha", 1.0),
+        ("alpha_end", 0.0),
+        ("alpha_end", 1),
+        ("alpha_steps", 1),
+        ("momentum", 1),
+        ("momentum", 1e-6),
+    ],
+)
+def test_value_at_the_end_of_its_range_is_taken(name: str, value: float) -> None:
+    assert getattr(SFRConfig(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        *[
+            (name, value, ValueError)
+            for name in ("layout", "grouping", "cost", "marginals", "solver", "smoothing", "update")
+            for value in ("unknown", None, 3, "", ("auto",))
+        ],
+        ("weight", -0.1, ValueError),
+        ("weight", float("nan"), ValueError),
+        ("weight", float("inf"), ValueError),
+        ("weight", "0.1", TypeError),
+        ("weight", True, TypeError),
+        ("weight", None, TypeError),
+        ("warmup", -1, ValueError),
+        ("warmup", 1.5, TypeError),
+        ("warmup", True, TypeError),
+        ("max_grid", 0, ValueError),
+        ("max_grid", 4.0, TypeError),
+        ("max_grid", (4, 4), TypeError),
+        ("alpha", -0.1, ValueError),
+        ("alpha", 1.1, ValueError),
+        ("alpha", float("nan"), ValueError),
+        ("alpha", "half", TypeError),
+        ("alpha_end", -1, ValueError),
+        ("alpha_end", 2, ValueError),
+        ("alpha_end", True, TypeError),
+        ("alpha_steps", 0, ValueError),
+        ("alpha_steps", 10.0, TypeError),
+        ("momentum", 0, ValueError),
+        ("momentum", 1.01, ValueError),
+        ("momentum", None, TypeError),
+        ("detach_deep", 1, TypeError),
+        ("detach_deep", None, TypeError),
+        ("pairs", "first", ValueError),
+        ("pairs", None, TypeError),
+        ("pairs", 3, TypeError),
+        ("stages", 3, TypeError),
+    ],
+)
+def test_bad_value_is_refused_with_field_and_value(name: str, value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=rf"^{name} must ") as caught:
+        SFRConfig(**{name: value})
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pair", "error", "culprit"),
+    [
+        ((0,), ValueError, (0,)),
+        ((0, 1, 2), ValueError, (0, 1, 2)),
+        ("ab", ValueError, "ab"),
+        (3, ValueError, 3),
+        ((0, 1.5), TypeError, 1.5),
+        ((True, 1), TypeError, True),
+        ((None, 1), TypeError, None),
+    ],
+)
+def test_bad_pair_is_refused_with_field_and_value(pair: Any, error: type[Exception], culprit: object) -> None:
+    with pytest.raises(error, match=r"^pairs must ") as caught:
+        SFRConfig(pairs=[(0, 1), pair])
+    assert f"got {culprit!r}" in str(caught.value)
+
+
+def test_empty_pairs_are_refused() -> None:
+    with pytest.raises(ValueError, match="pairs must hold at least one"):
+        SFRConfig(pairs=[])
+
+
+@pytest.mark.parametrize("stages", [(1, 2), ("layer1", None), b"layer"])
+def test_stages_that_are_no_names_are_refused(stages: Any) -> None:
+    with pytest.raises(TypeError, match=r"^stages must "):
+        SFRConfig(stages=stages)

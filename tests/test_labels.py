@@ -1,0 +1,568 @@
+"""Dynamic label smoothing: targets and class means against plain loops, its equalities with cross-entropy, resuming."""
+
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sfr.labels import DynamicLabelSmoothing, smooth_labels
+
+CLASSES = 4
+both_updates = pytest.mark.parametrize("update", ["running", "epoch"])
+both_targets = pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+
+
+def distributions(rows: int, columns: int, seed: int = 0) -> Tensor:
+    return torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)).softmax(dim=1)
+
+
+def batch(size: int, seed: int, classes: int = CLASSES) -> tuple[Tensor, Tensor]:
+    """Logits of which about two thirds are correct, and their class indices."""
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(classes, (size,), generator=generator)
+    logits = torch.randn(size, classes, generator=generator) + F.one_hot(target, classes)
+    return logits, target
+
+
+def targets(soft: bool, size: int = 6) -> Tensor:
+    return distributions(size, CLASSES, seed=9) if soft else batch(size, seed=9)[1]
+
+
+def correct_samples(logits: Tensor, target: Tensor) -> list[tuple[int, list[float]]]:
+    """Class and softmax of each correctly classified sample."""
+    samples = []
+    for row, label in zip(logits.tolist(), target.tolist(), strict=True):
+        exponentials = [math.exp(value) for value in row]
+        if max(range(len(row)), key=lambda k: row[k]) == label:
+            samples.append((label, [value / sum(exponentials) for value in exponentials]))
+    return samples
+
+
+def mean_of(rows: list[list[float]]) -> list[float]:
+    return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+
+
+def uniform_rows(classes: int = CLASSES) -> list[list[float]]:
+    return [[1.0 / classes] * classes for _ in range(classes)]
+
+
+def reference_loss(logits: Tensor, target: Tensor, means: list[list[float]], alpha: float) -> float:
+    """Cross-entropy against hard targets smoothed by the rows of `means`, with explicit loops."""
+    total = 0.0
+    for row, label in zip(logits.tolist(), target.tolist(), strict=True):
+        log_sum = math.log(sum(math.exp(value) for value in row))
+        for k, value in enumerate(row):
+            share = (1 - alpha) * (1.0 if k == label else 0.0) + alpha * means[label][k]
+            total -= share * (value - log_sum)
+    return total / len(logits)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_smoothed_hard_targets_are_those_of_explicit_loops(alpha: float) -> None:
+    means, target = distributions(CLASSES, CLASSES), torch.tensor([2, 0, 3, 2])
+    expected = torch.zeros(4, CLASSES)
+    for i in range(4):
+        for k in range(CLASSES):
+            onehot = 1.0 if k == target[i] else 0.0
+            expected[i, k] = (1 - alpha) * onehot + alpha * means[target[i], k]
+    torch.testing.assert_close(smooth_labels(target, means, alpha), expected)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_smoothed_soft_targets_are_those_of_explicit_loops(alpha: float) -> None:
+    means, target = distributions(CLASSES, CLASSES), distributions(3, CLASSES, seed=1)
+    expected = torch.zeros(3, CLASSES)
+    for i in range(3):
+        for k in range(CLASSES):
+            mixed = sum(target[i, j].item() * means[j, k].item() for j in range(CLASSES))
+            expected[i, k] = (1 - alpha) * target[i, k] + alpha * mixed
+    torch.testing.assert_close(smooth_labels(target, means, alpha), expected)
+
+
+@both_targets
+def test_smoothed_targets_sum_to_one(soft: bool) -> None:
+    smoothed = smooth_labels(targets(soft), distributions(CLASSES, CLASSES), 0.4)
+    torch.testing.assert_close(smoothed.sum(dim=1), torch.ones(6))
+
+
+def test_alpha_zero_leaves_the_one_hot_target() -> None:
+    target = torch.tensor([2, 0, 3])
+    expected = F.one_hot(target, CLASSES).float()
+    assert torch.equal(smooth_labels(target, distributions(CLASSES, CLASSES), 0.0), expected)
+
+
+def test_alpha_one_gives_the_rows_of_the_distributions() -> None:
+    means, target = distributions(CLASSES, CLASSES), torch.tensor([2, 0, 3])
+    assert torch.equal(smooth_labels(target, means, 1.0), means[target])
+
+
+def test_one_hot_soft_targets_are_smoothed_as_hard_ones() -> None:
+    means, target = distributions(CLASSES, CLASSES), torch.tensor([2, 0, 3])
+    soft = smooth_labels(F.one_hot(target, CLASSES).float(), means, 0.3)
+    torch.testing.assert_close(soft, smooth_labels(target, means, 0.3))
+
+
+@both_targets
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
+def test_uniform_mode_has_the_value_of_pytorchs_label_smoothing(soft: bool, alpha: float) -> None:
+    logits, target = batch(6, seed=1)[0], targets(soft)
+    loss = DynamicLabelSmoothing("uniform", alpha=alpha)(logits, target)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, target, label_smoothing=alpha))
+
+
+@both_targets
+def test_uniform_mode_has_the_gradient_of_pytorchs_label_smoothing(soft: bool) -> None:
+    logits, target = batch(6, seed=1)[0].requires_grad_(), targets(soft)
+    (gradient,) = torch.autograd.grad(DynamicLabelSmoothing("uniform", alpha=0.2)(logits, target), logits)
+    (expected,) = torch.autograd.grad(F.cross_entropy(logits, target, label_smoothing=0.2), logits)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_class_mean_mode_smooths_uniformly_before_any_class_is_seen() -> None:
+    logits, target = batch(6, seed=1)
+    loss = DynamicLabelSmoothing("class_mean", alpha=0.2)(logits, target)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, target, label_smoothing=0.2))
+
+
+@both_targets
+def test_none_mode_is_cross_entropy_bit_for_bit(soft: bool) -> None:
+    logits, target = batch(6, seed=1)[0], targets(soft)
+    assert torch.equal(DynamicLabelSmoothing("none")(logits, target), F.cross_entropy(logits, target))
+
+
+def test_none_mode_is_cross_entropy_whatever_alpha_is() -> None:
+    logits, target = batch(6, seed=1)
+    assert torch.equal(DynamicLabelSmoothing("none", alpha=0.3)(logits, target), F.cross_entropy(logits, target))
+
+
+def test_class_mean_mode_with_alpha_zero_is_cross_entropy_bit_for_bit() -> None:
+    logits, target = batch(6, seed=1)
+    assert torch.equal(DynamicLabelSmoothing(alpha=0.0)(logits, target), F.cross_entropy(logits, target))
+
+
+@pytest.mark.parametrize(("mode", "alpha"), [("class_mean", 0.5), ("uniform", 0.1), ("none", 0.0)])
+def test_default_alpha_of_each_mode(mode: Any, alpha: float) -> None:
+    assert DynamicLabelSmoothing(mode).current_alpha() == alpha
+
+
+@pytest.mark.parametrize(("alpha", "alpha_end"), [(0.0, 0.4), (0.4, 0.0), (0.2, 0.2), (0.0, 1.0)])
+def test_alpha_moves_linearly_to_its_end_and_stays(alpha: float, alpha_end: float) -> None:
+    criterion = DynamicLabelSmoothing("uniform", alpha=alpha, alpha_end=alpha_end, alpha_steps=4)
+    logits, target = batch(6, seed=1)
+    for step in range(7):
+        expected = alpha + (alpha_end - alpha) * min(step, 4) / 4
+        reference = F.cross_entropy(logits, target, label_smoothing=expected)
+        torch.testing.assert_close(criterion(logits, target), reference)
+
+
+def test_alpha_without_an_end_stays() -> None:
+    criterion = DynamicLabelSmoothing("uniform", alpha=0.3)
+    for _ in range(3):
+        criterion(*batch(6, seed=1))
+    assert criterion.current_alpha() == 0.3
+
+
+def test_evaluation_does_not_move_alpha() -> None:
+    criterion = DynamicLabelSmoothing("uniform", alpha=0.0, alpha_end=0.4, alpha_steps=4).eval()
+    criterion(*batch(6, seed=1))
+    assert criterion.current_alpha() == 0.0
+
+
+def test_running_class_mean_moves_by_each_sample_as_documented() -> None:
+    """A plain mean of the first 1/momentum correct samples of a class, an exponential mean from there."""
+    criterion = DynamicLabelSmoothing(momentum=0.25, update="running")
+    means, seen = uniform_rows(), [0] * CLASSES
+    for step in range(60):
+        logits, target = batch(1, seed=step)
+        criterion(logits, target)
+        for label, probabilities in correct_samples(logits, target):
+            seen[label] += 1
+            weight = max(0.25, 1.0 / seen[label])
+            for k in range(CLASSES):
+                means[label][k] += weight * (probabilities[k] - means[label][k])
+        torch.testing.assert_close(criterion.distributions, torch.tensor(means))
+    assert max(seen) > 4  # the exponential part was reached
+
+
+def test_running_class_mean_is_the_plain_mean_of_the_first_correct_samples() -> None:
+    criterion = DynamicLabelSmoothing(momentum=0.01, update="running")
+    collected: list[list[list[float]]] = [[] for _ in range(CLASSES)]
+    for step in range(6):
+        logits, target = batch(8, seed=step)
+        criterion(logits, target)
+        for label, probabilities in correct_samples(logits, target):
+            collected[label].append(probabilities)
+        expected = [mean_of(rows) if rows else [1 / CLASSES] * CLASSES for rows in collected]
+        torch.testing.assert_close(criterion.distributions, torch.tensor(expected))
+
+
+def test_running_class_mean_keeps_the_share_that_n_samples_leave_once_exponential() -> None:
+    criterion = DynamicLabelSmoothing(momentum=0.5, update="running")
+    for step in range(10):
+        criterion(*batch(8, seed=step))
+    means = criterion.distributions.tolist()
+    logits, target = batch(8, seed=99)
+    criterion(logits, target)
+    for label in range(CLASSES):
+        rows = [probabilities for member, probabilities in correct_samples(logits, target) if member == label]
+        if rows:
+            kept = 0.5 ** len(rows)
+            means[label] = [kept * old + (1 - kept) * new for old, new in zip(means[label], mean_of(rows), strict=True)]
+    torch.testing.assert_close(criterion.distributions, torch.tensor(means))
+
+
+def test_running_loss_is_that_of_explicit_loops_with_the_means_from_before_the_step() -> None:
+    criterion = DynamicLabelSmoothing(alpha=0.4, momentum=0.01, update="running")
+    collected: list[list[list[float]]] = [[] for _ in range(CLASSES)]
+    for step in range(6):
+        logits, target = batch(8, seed=step)
+        means = [mean_of(rows) if rows else [1 / CLASSES] * CLASSES for rows in collected]
+        assert float(criterion(logits, target)) == pytest.approx(reference_loss(logits, target, means, 0.4), rel=1e-5)
+        for label, probabilities in correct_samples(logits, target):
+            collected[label].append(probabilities)
+
+
+def test_epoch_loss_is_that_of_explicit_loops_with_the_means_of_the_epoch_before() -> None:
+    criterion = DynamicLabelSmoothing(alpha=0.4, update="epoch")
+    means = uniform_rows()
+    for epoch in range(3):
+        collected: list[list[list[float]]] = [[] for _ in range(CLASSES)]
+        for step in range(3):
+            logits, target = batch(6, seed=10 * epoch + step)
+            expected = reference_loss(logits, target, means, 0.4)
+            assert float(criterion(logits, target)) == pytest.approx(expected, rel=1e-5)
+            for label, probabilities in correct_samples(logits, target):
+                collected[label].append(probabilities)
+        criterion.end_epoch()
+        means = [mean_of(rows) if rows else old for rows, old in zip(collected, means, strict=True)]
+
+
+def test_epoch_means_are_those_of_the_last_epoch_only() -> None:
+    criterion = DynamicLabelSmoothing(update="epoch")
+    criterion(*batch(40, seed=1))
+    criterion.end_epoch()
+    logits, target = batch(40, seed=2)
+    criterion(logits, target)
+    criterion.end_epoch()
+    for label in range(CLASSES):
+        rows = [probabilities for member, probabilities in correct_samples(logits, target) if member == label]
+        torch.testing.assert_close(criterion.distributions[label], torch.tensor(mean_of(rows)))
+
+
+def test_epoch_means_stay_uniform_for_a_class_never_correct() -> None:
+    criterion = DynamicLabelSmoothing(update="epoch")
+    criterion(torch.tensor([[5.0, 0.0, 0.0], [5.0, 0.0, 0.0]]), torch.tensor([0, 1]))
+    criterion.end_epoch()
+    torch.testing.assert_close(criterion.distributions[1:], torch.full((2, 3), 1 / 3))
+
+
+def test_epoch_means_of_a_class_not_seen_again_stay() -> None:
+    criterion = DynamicLabelSmoothing(update="epoch")
+    criterion(torch.tensor([[5.0, 0.0, 0.0]]), torch.tensor([0]))
+    criterion.end_epoch()
+    first = criterion.distributions[0].clone()
+    criterion(torch.tensor([[0.0, 5.0, 0.0]]), torch.tensor([1]))
+    criterion.end_epoch()
+    assert torch.equal(criterion.distributions[0], first)
+
+
+def test_epoch_means_do_not_move_before_the_end_of_the_epoch() -> None:
+    criterion = DynamicLabelSmoothing(update="epoch")
+    for step in range(3):
+        criterion(*batch(8, seed=step))
+    assert torch.equal(criterion.distributions, torch.full((CLASSES, CLASSES), 1 / CLASSES))
+
+
+@both_updates
+def test_class_means_sum_to_one(update: Any) -> None:
+    criterion = DynamicLabelSmoothing(momentum=0.1, update=update)
+    for step in range(20):
+        criterion(*batch(16, seed=step))
+    if update == "epoch":
+        criterion.end_epoch()
+    torch.testing.assert_close(criterion.distributions.sum(dim=1), torch.ones(CLASSES))
+
+
+def test_only_correct_samples_count() -> None:
+    criterion = DynamicLabelSmoothing()
+    criterion(torch.tensor([[5.0, 0.0, 0.0], [0.0, 5.0, 0.0]]), torch.tensor([1, 2]))
+    assert torch.equal(criterion.distributions, torch.full((3, 3), 1 / 3))
+
+
+def test_soft_target_counts_for_its_largest_class() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0]])
+    criterion = DynamicLabelSmoothing()
+    criterion(logits, torch.tensor([[0.3, 0.6, 0.1]]))
+    torch.testing.assert_close(criterion.distributions[1], logits[0].softmax(dim=0))
+
+
+def test_soft_targets_mix_the_class_means_in_their_proportions() -> None:
+    criterion = DynamicLabelSmoothing(alpha=0.4)
+    criterion(*batch(20, seed=1))
+    means, logits, target = criterion.distributions.clone(), batch(6, seed=2)[0], targets(soft=True)
+    expected = 0.0
+    for i in range(6):
+        log_probabilities = logits[i].log_softmax(dim=0)
+        for k in range(CLASSES):
+            mixed = sum(target[i, j].item() * means[j, k].item() for j in range(CLASSES))
+            expected -= (0.6 * target[i, k].item() + 0.4 * mixed) * log_probabilities[k].item() / 6
+    assert float(criterion(logits, target)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradient_is_prediction_minus_target_and_passes_no_class_mean() -> None:
+    criterion = DynamicLabelSmoothing(alpha=0.4)
+    criterion(*batch(20, seed=1))
+    means = criterion.distributions.clone()
+    logits, target = batch(6, seed=2)
+    logits.requires_grad_()
+    criterion(logits, target).backward()
+    expected = torch.zeros(6, CLASSES)
+    for i in range(6):
+        for k in range(CLASSES):
+            share = 0.6 * (1.0 if k == target[i] else 0.0) + 0.4 * means[target[i], k]
+            expected[i, k] = (logits[i].detach().softmax(dim=0)[k] - share) / 6
+    torch.testing.assert_close(logits.grad, expected)
+
+
+@both_updates
+def test_statistics_carry_no_graph(update: Any) -> None:
+    criterion = DynamicLabelSmoothing(update=update)
+    logits, target = batch(6, seed=2)
+    criterion(logits.requires_grad_(), target)
+    assert not any(state.requires_grad for state in (criterion.distributions, criterion.sums, criterion.counts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_class_mean_loss_of_half_precision_logits_is_float32(dtype: torch.dtype) -> None:
+    logits, target = batch(6, seed=1)
+    assert DynamicLabelSmoothing()(logits.to(dtype), target).dtype == torch.float32
+
+
+@both_updates
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_logits_not_finite_do_not_reach_the_class_means(update: Any, value: float) -> None:
+    logits, target = batch(12, seed=1)
+    poisoned = torch.cat([logits, torch.full((1, CLASSES), value)])
+    criterion, clean = DynamicLabelSmoothing(update=update), DynamicLabelSmoothing(update=update)
+    criterion(poisoned, torch.cat([target, torch.tensor([0])]))
+    clean(logits, target)
+    if update == "epoch":
+        criterion.end_epoch()
+        clean.end_epoch()
+    torch.testing.assert_close(criterion.distributions, clean.distributions)
+
+
+@pytest.mark.parametrize("mode", ["class_mean", "uniform", "none"])
+@both_targets
+def test_evaluation_gives_the_plain_cross_entropy(mode: Any, soft: bool) -> None:
+    criterion = DynamicLabelSmoothing(mode)
+    criterion(*batch(20, seed=1))
+    logits, target = batch(6, seed=2)[0], targets(soft)
+    assert torch.equal(criterion.eval()(logits, target), F.cross_entropy(logits, target))
+
+
+@both_updates
+def test_evaluation_updates_nothing(update: Any) -> None:
+    criterion = DynamicLabelSmoothing(update=update)
+    criterion(*batch(20, seed=1))
+    before = {name: torch.as_tensor(value).clone() for name, value in criterion.get_extra_state().items()}
+    criterion.eval()(*batch(20, seed=2))
+    assert all(torch.equal(torch.as_tensor(value), before[name]) for name, value in criterion.get_extra_state().items())
+
+
+def build(update: Any) -> DynamicLabelSmoothing:
+    return DynamicLabelSmoothing(alpha=0.2, alpha_end=0.6, alpha_steps=8, momentum=0.2, update=update)
+
+
+def train(criterion: DynamicLabelSmoothing, steps: range) -> list[Tensor]:
+    """Losses of these steps; an epoch has three."""
+    losses = []
+    for step in steps:
+        losses.append(criterion(*batch(8, seed=step)))
+        if criterion.update == "epoch" and step % 3 == 2:
+            criterion.end_epoch()
+    return losses
+
+
+def assert_equal_runs(first: DynamicLabelSmoothing, second: DynamicLabelSmoothing, steps: range) -> None:
+    pairs = zip(train(first, steps), train(second, steps), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert torch.equal(first.distributions, second.distributions)
+
+
+@both_updates
+def test_restored_fresh_module_continues_bit_for_bit(update: Any) -> None:
+    straight, resumed = build(update), build(update)
+    train(straight, range(5))
+    resumed.load_state_dict(straight.state_dict())
+    assert_equal_runs(straight, resumed, range(5, 12))
+
+
+@both_updates
+def test_module_restored_over_another_run_continues_bit_for_bit(update: Any) -> None:
+    straight, resumed = build(update), build(update)
+    train(straight, range(5))
+    train(resumed, range(20, 27))
+    resumed.load_state_dict(straight.state_dict())
+    assert_equal_runs(straight, resumed, range(5, 12))
+
+
+@both_updates
+def test_module_restored_from_a_file_of_weights_only_continues_bit_for_bit(update: Any) -> None:
+    straight, resumed = build(update), build(update)
+    train(straight, range(5))
+    file = io.BytesIO()
+    torch.save(straight.state_dict(), file)
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert_equal_runs(straight, resumed, range(5, 12))
+
+
+@both_updates
+def test_state_of_a_module_not_used_yet_restores_the_beginning(update: Any) -> None:
+    fresh, used = build(update), build(update)
+    state = fresh.state_dict()
+    train(used, range(5))
+    used.load_state_dict(state)
+    assert_equal_runs(fresh, used, range(6))
+
+
+@both_updates
+def test_training_on_changes_no_state_dict_taken_before(update: Any) -> None:
+    criterion, resumed, straight = build(update), build(update), build(update)
+    train(criterion, range(5))
+    train(straight, range(5))
+    state = criterion.state_dict()
+    train(criterion, range(5, 12))
+    resumed.load_state_dict(state)
+    assert_equal_runs(straight, resumed, range(5, 12))
+
+
+@both_updates
+def test_restoring_the_same_state_twice_gives_two_independent_modules(update: Any) -> None:
+    source, first, second = build(update), build(update), build(update)
+    train(source, range(5))
+    state = source.state_dict()
+    first.load_state_dict(state)
+    second.load_state_dict(state)
+    train(first, range(5, 12))
+    assert_equal_runs(source, second, range(5, 12))
+
+
+@pytest.mark.parametrize(("target", "low", "high"), [([0, 3, 1], 0, 3), ([-1, 0, 2], -1, 2), ([-100, 7, 0], -100, 7)])
+@pytest.mark.parametrize("mode", ["class_mean", "uniform", "none"])
+def test_class_index_out_of_range_is_refused_with_the_range(mode: Any, target: list[int], low: int, high: int) -> None:
+    with pytest.raises(ValueError, match=rf"class indices must lie in \[0, 2\]; got values from {low} to {high}"):
+        DynamicLabelSmoothing(mode)(torch.zeros(3, 3), torch.tensor(target))
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 5), (3,), (3, 5, 1)])
+def test_soft_targets_of_a_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"soft targets must have shape \(3, 5\)") as caught:
+        DynamicLabelSmoothing()(torch.zeros(3, 5), torch.zeros(shape))
+    assert f"got {shape}" in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 1), (3, 5), ()])
+def test_class_indices_of_a_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"class indices must have shape \(3,\)") as caught:
+        DynamicLabelSmoothing()(torch.zeros(3, 5), torch.zeros(shape, dtype=torch.int64))
+    assert f"got {tuple(shape)}" in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5, 2), ()])
+def test_logits_of_a_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"logits must be floating, of shape \(B, K\)"):
+        DynamicLabelSmoothing()(torch.zeros(shape), torch.zeros(3, dtype=torch.int64))
+
+
+def test_integer_logits_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"logits must be floating.*torch.int64"):
+        DynamicLabelSmoothing()(torch.zeros(3, 5, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "name"), [([[0.0, 1.0]], torch.tensor([1]), "logits"), (torch.zeros(1, 2), [1], "target")]
+)
+def test_input_that_is_no_tensor_is_refused_and_named(logits: Any, target: Any, name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a tensor; got list"):
+        DynamicLabelSmoothing()(logits, target)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_class_indices_of_any_integer_type_are_taken(dtype: torch.dtype) -> None:
+    logits, target = batch(6, seed=1)
+    loss = DynamicLabelSmoothing()(logits, target.to(dtype))
+    assert torch.equal(loss, DynamicLabelSmoothing()(logits, target))
+
+
+@pytest.mark.parametrize("mode", ["class_mean", "uniform", "none"])
+def test_refused_target_does_not_count_as_a_step(mode: Any) -> None:
+    criterion = DynamicLabelSmoothing(mode)
+    with pytest.raises(ValueError, match="class indices"):
+        criterion(torch.zeros(3, 3), torch.tensor([0, 1, 3]))
+    assert criterion.step == 0
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("mode", "average"),
+        ("mode", None),
+        ("update", "step"),
+        ("alpha", -0.1),
+        ("alpha", 1.1),
+        ("alpha", float("nan")),
+        ("alpha_end", -0.1),
+        ("alpha_end", 2),
+        ("alpha_steps", 0),
+        ("momentum", 0.0),
+        ("momentum", 1.5),
+    ],
+)
+def test_option_out_of_range_is_refused_and_named(argument: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{argument} must .*; got {value!r}"):
+        DynamicLabelSmoothing(**{argument: value})
+
+
+@pytest.mark.parametrize(("argument", "value"), [("alpha", "half"), ("alpha_steps", 2.5), ("momentum", None)])
+def test_option_of_a_wrong_type_is_refused_and_named(argument: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{argument} must be .*{value!r}"):
+        DynamicLabelSmoothing(**{argument: value})
+
+
+def test_other_number_of_classes_is_refused_with_both_numbers() -> None:
+    criterion = DynamicLabelSmoothing()
+    criterion(*batch(6, seed=1, classes=4))
+    with pytest.raises(ValueError, match="statistics are of 4 classes; the logits have 7"):
+        criterion(*batch(6, seed=1, classes=7))
+
+
+def test_state_of_another_number_of_classes_is_refused_at_the_next_step() -> None:
+    source, other = DynamicLabelSmoothing(), DynamicLabelSmoothing()
+    source(*batch(6, seed=1, classes=4))
+    other.load_state_dict(source.state_dict())
+    with pytest.raises(ValueError, match="statistics are of 4 classes; the logits have 7"):
+        other(*batch(6, seed=1, classes=7))
+
+
+def test_end_epoch_is_refused_where_the_means_move_by_themselves() -> None:
+    with pytest.raises(RuntimeError, match="update='epoch'"):
+        DynamicLabelSmoothing(update="running").end_epoch()
+
+
+def test_end_epoch_before_any_step_changes_nothing() -> None:
+    criterion = DynamicLabelSmoothing(update="epoch", alpha=0.2)
+    criterion.end_epoch()
+    logits, target = batch(6, seed=1)
+    torch.testing.assert_close(criterion(logits, target), F.cross_entropy(logits, target, label_smoothing=0.2))
+
+
+def test_module_has_no_parameters() -> None:
+    criterion = DynamicLabelSmoothing()
+    criterion(*batch(6, seed=1))
+    assert not list(criterion.parameters())
