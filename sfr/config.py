@@ -34,7 +34,8 @@ def check_number(argument: str, value: object, low: float, high: float = float("
         kind = "an integer" if whole else "a number"
         raise TypeError(f"{argument} must be {kind}; got {type(value).__name__} {value!r}")
     if not math.isfinite(value) or not low <= value <= high:
-        raise ValueError(f"{argument} must be finite and lie in [{low}, {high}]; got {value!r}")
+        allowed = f"lie in [{low}, {high}]" if math.isfinite(high) else f"be finite and at least {low}"
+        raise ValueError(f"{argument} must {allowed}; got {value!r}")
 
 
 @dataclass(frozen=True)

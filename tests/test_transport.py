@@ -536,3 +536,18 @@ def test_iterations_out_of_range_are_refused(iterations: int) -> None:
 def test_iterations_that_are_no_integer_are_refused(iterations: Any) -> None:
     with pytest.raises(TypeError, match="iterations must be an integer"):
         solve(random_cost(2, 2), iterations=iterations)
+
+
+@pytest.mark.parametrize("masses", [None, "random"])
+def test_several_threads_give_the_plans_of_one(masses: str | None) -> None:
+    cost = random_cost(5, 40, 40, seed=1)
+    a = None if masses is None else random_masses(5, 40, seed=2)
+    before = torch.get_num_threads()
+    plans = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            plans.append(solve(cost, a, solver="exact"))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(plans[0], plans[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
@@ -12,14 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 SIMPLEX_ITERATIONS = 1_000_000
+THREADED_FROM = 36 * 36  # entries of one cost matrix; handing the GIL to and fro costs more than smaller problems
 
 
 def exact_plan(cost: Tensor, rows: Tensor, columns: Tensor, *, uniform: bool) -> Tensor:
     """Return the optimal plans of a batch of problems, computed on the CPU in float64.
 
     With uniform masses and N = M an optimal plan is a permutation (Birkhoff), and scipy's assignment solver (Crouse
-    2016) finds it about 1.5 times faster than the network simplex (Bonneel et al. 2011); both release the GIL, so
-    the batch is shared out over ``torch.get_num_threads()`` threads.
+    2016) finds it about 1.5 times faster than the network simplex (Bonneel et al. 2011). Both release the GIL, so
+    larger problems are shared out over ``torch.get_num_threads()`` threads.
 
     Args:
         cost: finite costs, shape (B, N, M).
@@ -33,13 +34,14 @@ def exact_plan(cost: Tensor, rows: Tensor, columns: Tensor, *, uniform: bool) ->
     from scipy.optimize import linear_sum_assignment
 
     costs = cost.to("cpu", torch.float64).numpy()
+    threads = torch.get_num_threads() if costs[:1].size >= THREADED_FROM else 1
     if uniform and cost.shape[1] == cost.shape[2]:
         size = cost.shape[1]
-        columns_of_rows = _over_batch(lambda i: linear_sum_assignment(costs[i])[1], len(costs))
+        columns_of_rows = _over_batch(lambda i: linear_sum_assignment(costs[i])[1], len(costs), threads)
         matches = torch.from_numpy(np.array(columns_of_rows, dtype=np.int64).reshape(-1, size, 1))
         return cost.new_zeros(cost.shape).scatter_(2, matches.to(cost.device), 1.0 / size)
     a, b = _float64_masses(rows), _float64_masses(columns)
-    plans = _over_batch(lambda i: _simplex(a[i], b[i], costs[i]), len(costs))
+    plans = _over_batch(lambda i: _simplex(a[i], b[i], costs[i]), len(costs), threads)
     return torch.from_numpy(np.array(plans).reshape(costs.shape)).to(cost)
 
 
@@ -60,16 +62,14 @@ def _simplex(a: NDArray[np.float64], b: NDArray[np.float64], cost: NDArray[np.fl
     return plan
 
 
-def _over_batch(solve: Callable[[int], NDArray[np.generic]], count: int) -> list[NDArray[np.generic]]:
+def _over_batch(solve: Callable[[int], NDArray[np.generic]], count: int, threads: int) -> list[NDArray[np.generic]]:
     """Call `solve` for each problem, the batch cut into one run of problems per thread."""
-    workers = min(torch.get_num_threads(), count)
-    if workers <= 1:
+    if threads == 1:
         return [solve(i) for i in range(count)]
-    bounds = np.linspace(0, count, workers + 1).astype(int)
+    bounds = np.linspace(0, count, threads + 1).astype(int)
 
-    def run(worker: int) -> list[NDArray[np.generic]]:
-        return [solve(i) for i in range(bounds[worker], bounds[worker + 1])]
+    def run(thread: int) -> list[NDArray[np.generic]]:
+        return [solve(i) for i in range(bounds[thread], bounds[thread + 1])]
 
-    with ThreadPoolExecutor(workers) as pool:
-        results: Iterator[list[NDArray[np.generic]]] = pool.map(run, range(workers))
-        return list(chain.from_iterable(results))
+    with ThreadPoolExecutor(threads) as pool:
+        return list(chain.from_iterable(pool.map(run, range(threads))))

@@ -286,7 +286,7 @@ def test_an_unwritable_output_directory_is_an_error_before_any_step(tmp_path, mo
         (["--batch-size", "128"], "--batch-size 128 is more than the 70 training images"),
         (["--model", "resnet21"], "--model resnet21: no such model"),
         (["--sfr", "wieght=1"], "--sfr: .*wieght"),
-        (["--sfr", "weight=-1"], "--sfr: weight must lie in"),
+        (["--sfr", "weight=-1"], "--sfr: weight must be finite and at least 0"),
         (["--sfr", "stages='nowhere'"], "nowhere"),
         (["--tracker", "aim"], "--tracker aim: its package is not installed"),
     ],
