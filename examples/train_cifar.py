@@ -170,6 +170,7 @@ class Trainer:
             total=steps * self.batch_size,
             unit=" images",
             leave=False,
+            mininterval=1.0,
             disable=not self.accelerator.is_main_process,
         )
 

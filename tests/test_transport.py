@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linprog
+from scipy.optimize import linear_sum_assignment, linprog
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sfr.transport import solve
+from sfr.transport import exact, solve
 from sfr.transport.sinkhorn import round_to_marginals
 
 SOLVERS = ["exact", "sinkhorn"]
@@ -539,7 +539,8 @@ def test_iterations_that_are_no_integer_are_refused(iterations: Any) -> None:
 
 
 @pytest.mark.parametrize("masses", [None, "random"])
-def test_several_threads_give_the_plans_of_one(masses: str | None) -> None:
+def test_several_threads_give_the_plans_of_one(masses: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "COMPILED_THREADED_FROM", 0)
     cost = random_cost(5, 40, 40, seed=1)
     a = None if masses is None else random_masses(5, 40, seed=2)
     before = torch.get_num_threads()
@@ -551,3 +552,40 @@ def test_several_threads_give_the_plans_of_one(masses: str | None) -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(plans[0], plans[1])
+
+
+@pytest.mark.skipif(not exact.HAS_NUMBA, reason="needs numba")
+@settings(PROFILE, max_examples=40)
+@given(st.integers(1, 40), st.sampled_from([*COSTS, "ties"]), st.integers(-30, 30), st.integers(0, 10**6))
+def test_the_compiled_assignment_costs_what_scipys_does(size: int, kind: str, exponent: int, seed: int) -> None:
+    cost = degenerate_cost(kind, (3, size, size), seed)
+    if kind == "ties":
+        cost = (3 * cost).floor()
+    plan = solve(cost * 10.0**exponent).double()
+    for problem, found in zip(cost.double().numpy(), plan.numpy(), strict=True):
+        rows, columns = linear_sum_assignment(problem)
+        assert sorted(found.argmax(axis=1)) == list(range(size))
+        best = problem[rows, columns].mean()
+        assert (found * problem).sum() == pytest.approx(best, rel=1e-6, abs=1e-6 * abs(problem).max())
+
+
+@pytest.mark.parametrize("numba", [False, True])
+def test_both_assignment_solvers_are_used_and_agree(numba: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if numba and not exact.HAS_NUMBA:
+        pytest.skip("needs numba")
+    called = []
+    for name in ("_compiled_assignment", "_scipy_assignment"):
+        solver = getattr(exact, name)
+        monkeypatch.setattr(exact, name, lambda cost, name=name, solver=solver: (called.append(name), solver(cost))[1])
+    monkeypatch.setattr(exact, "HAS_NUMBA", numba)
+    cost = feature_cost(6, 25, 25, 16)
+    plan = solve(cost)
+    assert called == ["_compiled_assignment" if numba else "_scipy_assignment"]
+    expected = [optimal_cost(problem, torch.full((25,), 1 / 25), torch.full((25,), 1 / 25)) for problem in cost]
+    torch.testing.assert_close((plan * cost).sum(dim=(1, 2)), torch.tensor(expected), rtol=1e-5, atol=0)
+
+
+def test_float64_costs_are_assigned_in_float64() -> None:
+    cost = torch.tensor([[1.0, 1.0 + 1e-12], [1.0 + 3e-12, 1.0 + 1e-12]], dtype=torch.float64)
+    assert torch.equal(solve(cost), torch.eye(2, dtype=torch.float64) / 2)
+    assert torch.equal(solve(cost.flip(1)), torch.eye(2, dtype=torch.float64).flip(1) / 2)

@@ -27,14 +27,14 @@ def solve(
     ``(plan * cost).sum()`` through `cost` alone is the exact gradient of the transport cost.
 
     POT's ``ot.solve_batch`` covers only entropic plans, takes an absolute regularization (one value for problems of
-    different scale), synchronises with the host to test convergence, and does not return feasible plans. Here the
-    regularization is relative to each problem's own scale, the loop never waits for the device, every plan is rounded
-    onto its marginals, and the exact plan is offered behind the same interface.
+    different scale), synchronises with the host to test convergence, and misses the marginals if stopped early. Here
+    the regularization is relative to each problem's own scale, the loop never waits for the device, every plan is
+    rounded onto its marginals, and the exact plan is offered behind the same interface.
 
     Args:
         cost: ground cost, shape (B, N, M) or (N, M), any floating dtype, any scale, any sign. A problem whose cost is
-            not finite gets the independent coupling ``a bᵀ``. "exact" is accurate to about 1e-9 of a problem's
-            largest absolute cost.
+            not finite gets the independent coupling ``a bᵀ``. "exact" is accurate to about 1e-6 of a problem's
+            largest absolute cost, 1e-9 if that is float64.
         a: row masses, shape (B, N) or (N,), >= 0; default uniform ``1/N``.
         b: column masses, shape (B, M) or (M,), >= 0, with the same sum as `a`; default uniform ``1/M``.
         solver: "exact", "sinkhorn" or "auto" (exact for CPU tensors, sinkhorn elsewhere).
