@@ -174,7 +174,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--models", nargs="+", default=["resnet20", "resnet18"], help="names as in examples/train_cifar.py")
     add("--data-dir", type=Path, help="CIFAR-100 Parquet files; random images without it")
     add("--batch-size", type=int, default=128)
-    add("--repeats", type=int, default=9, help="timed steps of each kind")
+    add("--repeats", type=int, default=15, help="timed steps of each kind")
     add("--train-steps", type=int, default=30, help="plain training before the measurement")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", choices=["fp32", "bf16"], default="fp32")
