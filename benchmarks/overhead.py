@@ -150,12 +150,13 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 def environment(device: torch.device) -> dict[str, Any]:
     """Return what a reader needs to repeat the measurement: device, versions, commit, date."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
+    sources = ["git", "status", "--porcelain", "--", "sfr", "examples", "benchmarks/*.py"]
+    changed = subprocess.run(sources, cwd=ROOT, capture_output=True, text=True, check=False)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "torchvision", "numpy", "scipy", "pot")},
+        "versions": {name: version(name) for name in ("torch", "torchvision", "numpy", "numba", "scipy", "pot")},
         "commit": commit.stdout.strip() + ("+changes" if changed.stdout.strip() else ""),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
