@@ -417,6 +417,20 @@ class DeviceReads(TorchDispatchMode):
         return result
 
 
+def fake_cuda_works() -> bool:
+    """Older versions of torch ask the driver for a device even for a fake tensor."""
+    try:
+        with FakeTensorMode(), torch.autocast("cuda", enabled=False):
+            torch.rand(1, device="cuda").nonzero()
+    except RuntimeError as error:
+        return "CUDA error" not in str(error)
+    return True
+
+
+needs_fake_cuda = pytest.mark.skipif(not fake_cuda_works(), reason="this torch has no fake CUDA tensors")
+
+
+@needs_fake_cuda
 @pytest.mark.parametrize("given_masses", [False, True])
 def test_sinkhorn_never_waits_for_the_device(given_masses: bool) -> None:
     # A fake tensor has a device and no values: whatever needs a value (item, bool, tolist, nonzero, ...) raises.
@@ -428,12 +442,14 @@ def test_sinkhorn_never_waits_for_the_device(given_masses: bool) -> None:
     assert plan.device.type == "cuda"
 
 
+@needs_fake_cuda
 def test_auto_never_waits_for_the_device() -> None:
     with FakeTensorMode(), DeviceReads():
         plan = solve(torch.rand(2, 3, 4, device="cuda"), solver="auto")
     assert plan.device.type == "cuda"
 
 
+@needs_fake_cuda
 @pytest.mark.parametrize(
     "read",
     [

@@ -15,7 +15,7 @@ def run(folder, ranks):
     file = folder / f"of{ranks}"
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *launcher, str(SCRIPT), str(file)], check=True, env=environment)
+    subprocess.run([sys.executable, *launcher, str(SCRIPT), str(file)], check=True, env=environment, timeout=300)
     return [torch.load(f"{file}.{rank}", weights_only=True) for rank in range(ranks)]
 
 

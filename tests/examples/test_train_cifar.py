@@ -3,6 +3,7 @@
 import json
 import pkgutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -142,11 +143,18 @@ train_cifar.main()
 """
 
 
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 def test_run_killed_in_mid_epoch_resumes_to_the_weights_of_an_undisturbed_one(tmp_path, environment, undisturbed):
     killed = subprocess.run(
         [sys.executable, "-c", KILLED_AT_THE_FOURTH_STEP, *small(tmp_path / "killed")],
         env=environment,
         capture_output=True,
+        timeout=300,
     )
     assert killed.returncode == -signal.SIGKILL
     assert len(metrics(tmp_path / "killed")) == 1
@@ -212,7 +220,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
 TWO_PROCESSES = """
 import os, torch, train_cifar
 model = train_cifar.main()
-torch.save(model.state_dict(), f"{os.environ['OUT']}/rank{os.environ['RANK']}.pt")
+torch.save(model.state_dict(), f"{os.environ['RANKS_FOLDER']}/rank{os.environ['RANK']}.pt")
 """
 
 
@@ -221,12 +229,13 @@ def test_two_processes_share_weights_and_measure_what_one_would(tmp_path, enviro
     script.write_text(TWO_PROCESSES)
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     launch += ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", free_port()]
     done = subprocess.run(
         [*launch, script, *small(tmp_path / "run", "--epochs", "1")],
-        env={**environment, "OUT": str(tmp_path)},
+        env={**environment, "RANKS_FOLDER": str(tmp_path)},
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert "processes 2, device cpu" in done.stdout
@@ -321,6 +330,7 @@ def test_without_network_and_data_dir_one_line_names_both_ways_out(examples, tmp
         cwd=tmp_path,
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
