@@ -12,7 +12,7 @@ Grouping: TypeAlias = Literal["segments", "mean", "crop"]
 Layout: TypeAlias = Literal["auto", "channels_first", "channels_last", "tokens", "vector"]
 Cost: TypeAlias = Literal["sqeuclidean", "cosine"]
 Marginals: TypeAlias = Literal["uniform", "cross"]
-Solver: TypeAlias = Literal["auto", "exact", "sinkhorn"]
+Solver: TypeAlias = Literal["auto", "exact", "proximal", "sinkhorn"]
 Smoothing: TypeAlias = Literal["class_mean", "uniform", "none"]
 Update: TypeAlias = Literal["running", "epoch"]
 Reduction: TypeAlias = Literal["mean", "none"]
@@ -59,7 +59,8 @@ class SFRConfig:
             plan, on the mean of the segments), "crop" (the first channels only, as Tf-FD). Our reading.
         cost: ground cost between two local features: "sqeuclidean" (mean over channels) or "cosine" (1 - cos).
         marginals: mass of each local feature: "uniform" or "cross" (DeepEMD's cross-reference weights).
-        solver: "exact" (POT, scipy), "sinkhorn" (batched, on the device), "auto": exact on CPU, sinkhorn elsewhere.
+        solver: "exact" (on the CPU), "proximal" or "sinkhorn" (batched, on the device), "auto": exact for CPU tensors,
+            proximal elsewhere.
         smoothing: label term: "class_mean" (dynamic label smoothing), "uniform" or "none" (plain cross-entropy).
         alpha: weight of the smoothing distribution in the target, in [0, 1]. None means 0.5 for "class_mean" (Zhang
             et al., arXiv 2011.12562), 0.1 for "uniform".

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfr.config import Cost, Marginals, Reduction, Solver, check_choice
-from sfr.transport import solve
+from sfr.transport import emd
 
 
 def emd_l2(
@@ -65,10 +67,34 @@ def emd_l2(
     with torch.autocast(shallow.device.type, enabled=False):
         dtype = torch.promote_types(torch.promote_types(shallow.dtype, deep.dtype), torch.float32)
         shallow, deep = shallow.to(dtype), deep.to(dtype)
-        ground = _cosine_cost(shallow, deep) if cost == "cosine" else _squared_cost(shallow, deep)
         a, b = _cross_reference(shallow, deep) if marginals == "cross" else (None, None)
-        value = (solve(ground, a, b, solver) * ground).sum(dim=(1, 2))
+        if cost == "cosine":
+            value, _ = emd(_cosine_cost(shallow, deep), a, b, solver)
+        else:
+            value = _SquaredTransport.apply(shallow, deep, a, b, solver)
     return value.mean() if reduction == "mean" else value
+
+
+class _SquaredTransport(torch.autograd.Function):
+    """Transport cost of the squared distance whose backward keeps the nodes and the plan, and no cost matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, shallow: Tensor, deep: Tensor, a: Tensor | None, b: Tensor | None, solver: Solver) -> Tensor:
+        value, plan = emd(_squared_cost(shallow, deep), a, b, solver)
+        ctx.save_for_backward(shallow, deep, plan)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the envelope gradient, dL/ds_p = (2/C) sum_q X_pq (s_p - d_q), and likewise for d."""
+        shallow, deep, plan = ctx.saved_tensors
+        scale = (2.0 / shallow.shape[2]) * gradient[:, None, None]
+        with torch.autocast(shallow.device.type, enabled=False):
+            to_shallow = scale * (plan.sum(dim=2)[:, :, None] * shallow - plan @ deep)
+            if not ctx.needs_input_grad[1]:
+                return to_shallow, None, None, None, None
+            to_deep = scale * (plan.sum(dim=1)[:, :, None] * deep - plan.transpose(1, 2) @ shallow)
+        return to_shallow, to_deep, None, None, None
 
 
 def _squared_cost(shallow: Tensor, deep: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ def report(model: SFRWrapper, example_input: Any, repeats: int = 5) -> Report:
         costs = compare_steps({"plain": plain_step, "sfr": sfr_step}, logits.device, repeats)
     solver: str = criterion.config.solver
     if solver == "auto":
-        solver = f"auto ({'exact' if logits.device.type == 'cpu' else 'sinkhorn'} on {logits.device.type})"
+        solver = f"auto ({'exact' if logits.device.type == 'cpu' else 'proximal'} on {logits.device.type})"
     return Report(stages, pairs, solver, costs["plain"], costs["sfr"])
 
 

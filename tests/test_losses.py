@@ -353,3 +353,13 @@ def test_module_gives_what_the_function_gives(options: dict[str, Any]) -> None:
 def test_module_has_no_parameters_and_no_state() -> None:
     assert not EMDL2Loss().state_dict()
     assert not list(EMDL2Loss().parameters())
+
+
+def test_the_backward_keeps_the_nodes_and_one_plan_and_no_cost_matrix() -> None:
+    shallow, deep = torch.randn(2, 9, 4, requires_grad=True), torch.randn(2, 7, 4)
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tuple(tensor.shape)) or tensor, lambda t: t
+    ):
+        emd_l2(shallow, deep, reduction="none")
+    assert sorted(kept) == [(2, 7, 4), (2, 9, 4), (2, 9, 7)]

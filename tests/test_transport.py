@@ -12,10 +12,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sfr.transport import exact, solve
-from sfr.transport.sinkhorn import round_to_marginals
+from sfr.transport import emd, exact, solve
+from sfr.transport.scaling import round_to_marginals
 
-SOLVERS = ["exact", "sinkhorn"]
+SOLVERS = ["exact", "proximal", "sinkhorn"]
 both_solvers = pytest.mark.parametrize("solver", SOLVERS)
 PROFILE = settings(max_examples=40, deadline=None, database=None, derandomize=True)
 
@@ -120,32 +120,49 @@ def test_exact_plan_is_optimal_beside_one_forbidding_cost(n: int, m: int, forbid
         assert float((solve(raised, solver="exact") * cost).sum()) == pytest.approx(expected, rel=1e-5)
 
 
+# How far above the optimum an iterative solver may end on feature costs.
+GAPS = {"proximal": 0.002, "sinkhorn": 0.01}
+iterative_solvers = pytest.mark.parametrize("solver", GAPS)
+
+
+@iterative_solvers
 @pytest.mark.parametrize(("n", "m", "channels"), [(16, 16, 64), (16, 9, 32), (4, 4, 16), (49, 49, 128)])
-def test_sinkhorn_cost_is_within_one_percent_of_exact_on_feature_costs(n: int, m: int, channels: int) -> None:
+def test_iterative_plans_cost_little_more_than_exact_ones(solver: Any, n: int, m: int, channels: int) -> None:
     cost = feature_cost(6, n, m, channels)
     exact = (solve(cost, solver="exact") * cost).sum(dim=(1, 2))
-    entropic = (solve(cost, solver="sinkhorn") * cost).sum(dim=(1, 2))
-    torch.testing.assert_close(entropic, exact, rtol=0.01, atol=0)
+    found = (solve(cost, solver=solver) * cost).sum(dim=(1, 2))
+    torch.testing.assert_close(found, exact, rtol=GAPS[solver], atol=0)
 
 
-def test_sinkhorn_cost_is_within_one_percent_of_exact_with_uneven_masses() -> None:
+@iterative_solvers
+def test_iterative_plans_cost_little_more_than_exact_ones_with_uneven_masses(solver: Any) -> None:
     cost, a, b = feature_cost(6, 16, 9, 64), random_masses(6, 16, seed=1), random_masses(6, 9, seed=2)
     exact = (solve(cost, a, b, "exact") * cost).sum(dim=(1, 2))
-    entropic = (solve(cost, a, b, "sinkhorn") * cost).sum(dim=(1, 2))
-    torch.testing.assert_close(entropic, exact, rtol=0.01, atol=0)
+    found = (solve(cost, a, b, solver) * cost).sum(dim=(1, 2))
+    torch.testing.assert_close(found, exact, rtol=GAPS[solver], atol=0)
 
 
+@iterative_solvers
 @pytest.mark.parametrize("exponent", [-30, -10, 10, 30])
-def test_sinkhorn_plan_does_not_depend_on_the_scale_of_the_cost(exponent: int) -> None:
+def test_an_iterative_plan_does_not_depend_on_the_scale_of_the_cost(solver: Any, exponent: int) -> None:
     cost = feature_cost(2, 6, 6, 8)
-    expected = solve(cost, solver="sinkhorn")
-    torch.testing.assert_close(solve(cost * 10.0**exponent, solver="sinkhorn"), expected, rtol=0, atol=1e-3)
+    expected = solve(cost, solver=solver)
+    torch.testing.assert_close(solve(cost * 10.0**exponent, solver=solver), expected, rtol=0, atol=1e-3)
 
 
-def test_sinkhorn_plan_does_not_depend_on_an_offset_of_the_cost() -> None:
+@iterative_solvers
+def test_an_iterative_plan_does_not_depend_on_an_offset_of_the_cost(solver: Any) -> None:
     cost = feature_cost(2, 6, 6, 8).double()
-    expected = solve(cost, solver="sinkhorn")
-    torch.testing.assert_close(solve(cost - 100.0, solver="sinkhorn"), expected, rtol=0, atol=1e-6)
+    expected = solve(cost, solver=solver)
+    torch.testing.assert_close(solve(cost - 100.0, solver=solver), expected, rtol=0, atol=1e-6)
+
+
+def test_more_proximal_iterations_tend_to_the_exact_cost() -> None:
+    cost = feature_cost(4, 12, 12, 8)
+    exact = (solve(cost, solver="exact") * cost).sum()
+    gaps = [(solve(cost, solver="proximal", iterations=k) * cost).sum() - exact for k in (10, 100, 1000)]
+    assert gaps[0] > gaps[1] > gaps[2]
+    assert abs(gaps[2]) < 1e-4 * exact
 
 
 def test_smaller_epsilon_gives_a_cheaper_sinkhorn_plan() -> None:
@@ -250,6 +267,12 @@ def test_empty_batch_gives_an_empty_plan(solver: Any, masses: Tensor | None) -> 
 def test_few_iterations_still_give_a_feasible_plan(solver: Any) -> None:
     a, b = random_masses(5, seed=1), random_masses(7, seed=2)
     assert_feasible(solve(random_cost(5, 7), a, b, solver, iterations=1), a, b)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 10.0, 1e6])
+def test_any_beta_gives_a_feasible_plan(beta: float) -> None:
+    a, b = random_masses(5, seed=1), random_masses(7, seed=2)
+    assert_feasible(solve(random_cost(5, 7), a, b, "proximal", beta=beta), a, b)
 
 
 @pytest.mark.parametrize("epsilon", [1e-6, 1e-3, 1.0, 1e6])
@@ -431,14 +454,15 @@ needs_fake_cuda = pytest.mark.skipif(not fake_cuda_works(), reason="this torch h
 
 
 @needs_fake_cuda
+@iterative_solvers
 @pytest.mark.parametrize("given_masses", [False, True])
-def test_sinkhorn_never_waits_for_the_device(given_masses: bool) -> None:
+def test_an_iterative_solver_never_waits_for_the_device(solver: Any, given_masses: bool) -> None:
     # A fake tensor has a device and no values: whatever needs a value (item, bool, tolist, nonzero, ...) raises.
     with FakeTensorMode(), DeviceReads():
         cost = torch.rand(2, 3, 4, device="cuda")
         a = torch.rand(2, 3, device="cuda") if given_masses else None
         b = torch.rand(2, 4, device="cuda") if given_masses else None
-        plan = solve(cost, a, b, solver="sinkhorn")
+        plan = solve(cost, a, b, solver)
     assert plan.device.type == "cuda"
 
 
@@ -470,7 +494,9 @@ def test_the_check_for_waits_sees_every_kind_of_read(read: Any) -> None:
 
 
 def test_unknown_solver_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"solver must be one of 'auto', 'exact', 'sinkhorn'; got 'simplex'"):
+    with pytest.raises(
+        ValueError, match=r"solver must be one of 'auto', 'exact', 'proximal', 'sinkhorn'; got 'simplex'"
+    ):
         solve(random_cost(2, 2), solver="simplex")  # type: ignore[arg-type]
 
 
@@ -605,3 +631,20 @@ def test_float64_costs_are_assigned_in_float64() -> None:
     cost = torch.tensor([[1.0, 1.0 + 1e-12], [1.0 + 3e-12, 1.0 + 1e-12]], dtype=torch.float64)
     assert torch.equal(solve(cost), torch.eye(2, dtype=torch.float64) / 2)
     assert torch.equal(solve(cost.flip(1)), torch.eye(2, dtype=torch.float64).flip(1) / 2)
+
+
+@both_solvers
+def test_emd_gives_the_value_of_the_plan_with_the_gradient_of_the_envelope(solver: Any) -> None:
+    cost = feature_cost(3, 5, 6, 4).requires_grad_()
+    value, plan = emd(cost, solver=solver)
+    assert torch.equal(plan, solve(cost, solver=solver))
+    torch.testing.assert_close(value, (plan * cost).sum(dim=(1, 2)))
+    (gradient,) = torch.autograd.grad(value.sum(), cost)
+    assert torch.equal(gradient, plan)
+
+
+def test_emd_of_one_problem_is_a_number() -> None:
+    value, plan = emd(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    assert value.shape == ()
+    assert value == 0
+    assert plan.shape == (2, 2)

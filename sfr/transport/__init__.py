@@ -1,5 +1,5 @@
 """Batched optimal transport between small sets: cost in, feasible plan out."""
 
-from sfr.transport.solve import solve
+from sfr.transport.solve import emd, solve
 
-__all__ = ["solve"]
+__all__ = ["emd", "solve"]

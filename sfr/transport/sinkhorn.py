@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TINY = 1e-30  # smallest mass or scale divided by: float32's own smallest normal number leaves no room for the quotient
+from sfr.transport.scaling import TINY, round_to_marginals, standardised
 
 
 def sinkhorn_plan(cost: Tensor, rows: Tensor, columns: Tensor, *, epsilon: float, iterations: int) -> Tensor:
@@ -25,7 +25,7 @@ def sinkhorn_plan(cost: Tensor, rows: Tensor, columns: Tensor, *, epsilon: float
     Returns:
         Plans of shape (B, N, M) with the dtype and device of `cost`.
     """
-    cost = _standardised(cost, rows, columns)
+    cost = standardised(cost, rows, columns)
     log_rows, log_columns = rows.clamp_min(TINY).log(), columns.clamp_min(TINY).log()
     f, g = torch.zeros_like(rows), torch.zeros_like(columns)
     blur = epsilon
@@ -36,32 +36,3 @@ def sinkhorn_plan(cost: Tensor, rows: Tensor, columns: Tensor, *, epsilon: float
     log_plan = (f[:, :, None] + g[:, None, :] - cost) / blur
     plan = (log_plan + log_rows[:, :, None] + log_columns[:, None, :]).exp()
     return round_to_marginals(plan, rows, columns)
-
-
-def round_to_marginals(plan: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Move a nearly feasible plan onto its marginals (Altschuler, Weed & Rigollet 2017, algorithm 2).
-
-    Args:
-        plan: non-negative couplings, shape (B, N, M).
-        rows: the row sums wanted, shape (B, N).
-        columns: the column sums wanted, shape (B, M), of the same total.
-
-    Returns:
-        Plans of shape (B, N, M) with these marginals, to rounding.
-    """
-    plan = plan * (rows / plan.sum(dim=2).clamp_min(TINY)).clamp_max(1.0)[:, :, None]
-    plan = plan * (columns / plan.sum(dim=1).clamp_min(TINY)).clamp_max(1.0)[:, None, :]
-    missing_rows = (rows - plan.sum(dim=2)).clamp_min(0.0)
-    missing_columns = (columns - plan.sum(dim=1)).clamp_min(0.0)
-    share = missing_columns / missing_columns.sum(dim=1, keepdim=True).clamp_min(TINY)
-    return plan + missing_rows[:, :, None] * share[:, None, :]
-
-
-def _standardised(cost: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Centre the cost by rows and columns, which moves no plan, and bring it to standard deviation one."""
-    cost = cost / cost.abs().amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(cost.dtype).tiny)
-    cost = cost - (cost * columns[:, None, :]).sum(dim=2, keepdim=True)
-    cost = cost - (cost * rows[:, :, None]).sum(dim=1, keepdim=True)
-    variance = (cost.square() * rows[:, :, None] * columns[:, None, :]).sum(dim=(1, 2), keepdim=True)
-    # Concentrated masses can leave the weighted deviation near zero while the cost is not.
-    return cost / torch.maximum(variance.sqrt(), 1e-3 * cost.abs().amax(dim=(1, 2), keepdim=True)).clamp_min(1e-6)
