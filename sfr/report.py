@@ -15,6 +15,7 @@ from sfr.criterion import SFRLoss
 from sfr.measure import StepCost, compare_steps
 from sfr.nodes import cells, common_grids, match_channels, spatial_shape, to_nodes
 from sfr.stages import resolve_pairs
+from sfr.transport import default_solver
 from sfr.wrapper import SFRWrapper, split_arguments
 
 
@@ -124,7 +125,7 @@ def report(model: SFRWrapper, example_input: Any, repeats: int = 5) -> Report:
         costs = compare_steps({"plain": plain_step, "sfr": sfr_step}, logits.device, repeats)
     solver: str = criterion.config.solver
     if solver == "auto":
-        solver = f"auto ({'exact' if logits.device.type == 'cpu' else 'proximal'} on {logits.device.type})"
+        solver = f"auto ({default_solver(logits.device)} on {logits.device.type})"
     return Report(stages, pairs, solver, costs["plain"], costs["sfr"])
 
 

@@ -30,8 +30,9 @@ def solve(
     The plan is a constant: no gradient flows through the solver. By the envelope theorem the gradient of
     ``(plan * cost).sum()`` through `cost` alone is the exact gradient of the transport cost.
 
-    POT's ``ot.solve_batch`` covers only entropic plans, takes an absolute regularization (one value for problems of
-    different scale), synchronises with the host to test convergence, and misses the marginals if stopped early. Here
+    POT's ``ot.solve_batch`` gives entropic plans (without ``reg`` it returns the independent coupling, as of 0.9.7: its
+    issue 842), takes an absolute regularization (one value for problems of different scale), synchronises with the
+    host to test convergence, and misses the marginals if stopped early. Here
     the regularization is relative to each problem's own scale, the loop never waits for the device, every plan is
     rounded onto its marginals, and the exact plan is offered behind the same interface.
 
@@ -85,7 +86,7 @@ def solve(
         _check_equal_mass(mass, columns.sum(dim=1, keepdim=True))
         rows, columns = _normalised(rows), _normalised(columns)
         if solver == "auto":
-            solver = "exact" if batch.device.type == "cpu" else "proximal"
+            solver = default_solver(batch.device)
         uniform = a is None and b is None
         if solver == "exact":
             plan = exact_plan(batch, rows, columns, uniform=uniform)
@@ -98,6 +99,11 @@ def solve(
         independent = rows[:, :, None] * columns[:, None, :]
         plan = torch.where(finite, plan, independent) * mass[:, :, None]
     return plan.reshape(cost.shape)
+
+
+def default_solver(device: torch.device) -> Solver:
+    """Return the solver that "auto" stands for on a device."""
+    return "exact" if device.type == "cpu" else "proximal"
 
 
 def emd(
