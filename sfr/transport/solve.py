@@ -78,8 +78,10 @@ def solve(
     dtype = cost.dtype if cost.dtype == torch.float64 else torch.float32
     with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
         batch = cost.detach().to(dtype).reshape(-1, *cost.shape[-2:])
-        finite = batch.isfinite().all(dim=2).all(dim=1)[:, None, None]
-        batch = torch.where(finite, batch, 0.0)
+        finite = batch.abs().amax(dim=(1, 2), keepdim=True).isfinite()
+        sound = batch.device.type == "cpu" and bool(finite.all())  # on another device the host would have to wait
+        if not sound:
+            batch = torch.where(finite, batch, 0.0)
         rows = _masses("a", a, batch, batch.shape[1])
         columns = _masses("b", b, batch, batch.shape[2])
         mass = rows.sum(dim=1, keepdim=True)
@@ -96,8 +98,10 @@ def solve(
             plan = proximal_plan(batch, rows, columns, beta=beta, iterations=iterations)
         else:
             plan = sinkhorn_plan(batch, rows, columns, epsilon=epsilon, iterations=iterations)
-        independent = rows[:, :, None] * columns[:, None, :]
-        plan = torch.where(finite, plan, independent) * mass[:, :, None]
+        if not sound:
+            plan = torch.where(finite, plan, rows[:, :, None] * columns[:, None, :])
+        if a is not None:
+            plan = plan * mass[:, :, None]
     return plan.reshape(cost.shape)
 
 
