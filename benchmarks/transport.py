@@ -40,7 +40,10 @@ from torch import Tensor
 
 import sfr
 from sfr.config import Solver
+from sfr.losses import cross_reference
+from sfr.measure import wait_for
 from sfr.transport import solve
+from sfr.transport.scaling import round_to_marginals
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = ("indep", "finetune", "degen", "identical")
@@ -174,13 +177,6 @@ def squared_cost(shallow: Tensor, deep: Tensor) -> Tensor:
     """Mean over channels of the squared differences, (B, N, M); shared by the peers, for a gradient of their own."""
     norms = shallow.square().sum(dim=2)[:, :, None] + deep.square().sum(dim=2)[:, None, :]
     return torch.baddbmm(norms, shallow, deep.transpose(1, 2), alpha=-2).clamp_min(0.0) / shallow.shape[2]
-
-
-def cross_reference(shallow: Tensor, deep: Tensor) -> tuple[Tensor, Tensor]:
-    """Masses in the manner of DeepEMD: a node weighs as much as it agrees with the mean of the other set."""
-    a = (shallow * deep.mean(dim=1, keepdim=True)).sum(dim=2).relu() + 1e-3
-    b = (deep * shallow.mean(dim=1, keepdim=True)).sum(dim=2).relu() + 1e-3
-    return a / a.sum(dim=1, keepdim=True), b / b.sum(dim=1, keepdim=True)
 
 
 def centred_deviation(cost: Tensor) -> float:
@@ -418,16 +414,11 @@ def repeated(step: Callable[[], Any], device: torch.device, first: float) -> flo
 
 
 def timed(step: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    wait(device)
+    wait_for(device)
     start = time.perf_counter()
     output = step()
-    wait(device)
+    wait_for(device)
     return time.perf_counter() - start, output
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def differentiate(loss: Callable[[Problem, Tensor], Tensor], problem: Problem) -> None:
@@ -452,7 +443,7 @@ class Reference:
         """Return gap, marginal error relative to 1/N and cosine of the gradient, of a plan in float64."""
         cost = torch.from_numpy(problem.costs64)
         a, b = torch.from_numpy(problem.a64), torch.from_numpy(problem.b64)
-        rounded = round_to_marginals(plan, a, b)
+        rounded = on_marginals(plan, a, b)
         value = (rounded * cost).sum(dim=(1, 2))
         # Where the optimum is zero a gap relative to it says nothing: the mean cost takes its place.
         scale = torch.where(self.optimum > 1e-6 * cost.mean(dim=(1, 2)), self.optimum, cost.mean(dim=(1, 2)))
@@ -477,18 +468,14 @@ def gradient(problem: Problem, plan: Tensor) -> Tensor:
     return 2 / shallow.shape[2] * (plan.sum(dim=2, keepdim=True) * shallow - plan @ deep)
 
 
-def round_to_marginals(plan: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Move a plan onto its marginals (Altschuler, Weed & Rigollet 2017, algorithm 2).
+def on_marginals(plan: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Scale a plan by rows and columns and round it onto its marginals.
 
-    Scaled first by rows and columns, as Sinkhorn does: a plan that misses them by float32 rounding stays what it was.
+    Scaled first, as Sinkhorn does: a plan that misses them by float32 rounding stays what it was.
     """
     plan = plan * (a / plan.sum(dim=2).clamp_min(1e-300))[:, :, None]
     plan = plan * (b / plan.sum(dim=1).clamp_min(1e-300))[:, None, :]
-    plan = plan * (a / plan.sum(dim=2).clamp_min(1e-300)).clamp_max(1.0)[:, :, None]
-    plan = plan * (b / plan.sum(dim=1).clamp_min(1e-300)).clamp_max(1.0)[:, None, :]
-    rows, columns = (a - plan.sum(dim=2)).clamp_min(0.0), (b - plan.sum(dim=1)).clamp_min(0.0)
-    share = columns / columns.sum(dim=1, keepdim=True).clamp_min(1e-300)
-    return plan + rows[:, :, None] * share[:, None, :]
+    return round_to_marginals(plan, a, b)
 
 
 def finite(value: Tensor) -> float | None:

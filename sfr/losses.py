@@ -67,7 +67,7 @@ def emd_l2(
     with torch.autocast(shallow.device.type, enabled=False):
         dtype = torch.promote_types(torch.promote_types(shallow.dtype, deep.dtype), torch.float32)
         shallow, deep = shallow.to(dtype), deep.to(dtype)
-        a, b = _cross_reference(shallow, deep) if marginals == "cross" else (None, None)
+        a, b = cross_reference(shallow, deep) if marginals == "cross" else (None, None)
         if cost == "cosine":
             value, _ = emd(_cosine_cost(shallow, deep), a, b, solver)
         else:
@@ -112,8 +112,8 @@ def _cosine_cost(shallow: Tensor, deep: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _cross_reference(shallow: Tensor, deep: Tensor) -> tuple[Tensor, Tensor]:
-    """DeepEMD's marginals: a node weighs as much as it agrees with the mean of the other set."""
+def cross_reference(shallow: Tensor, deep: Tensor) -> tuple[Tensor, Tensor]:
+    """Return DeepEMD's marginals, (B, N) and (B, M): a node weighs as much as it agrees with the other set's mean."""
     a = (shallow * deep.mean(dim=1, keepdim=True)).sum(dim=2).relu() + 1e-3
     b = (deep * shallow.mean(dim=1, keepdim=True)).sum(dim=2).relu() + 1e-3
     return a / a.sum(dim=1, keepdim=True), b / b.sum(dim=1, keepdim=True)

@@ -54,10 +54,10 @@ def compare_steps(
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
-            _wait_for(device)
+            wait_for(device)
             start = time.perf_counter()
             step()
-            _wait_for(device)
+            wait_for(device)
             seconds[name].append(time.perf_counter() - start)
     return {name: StepCost(tuple(seconds[name]), peaks[name]) for name in steps}
 
@@ -80,7 +80,8 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> int:
     return live.peak
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Let the host wait until an accelerator has done its work, before a clock is read."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 

@@ -29,10 +29,9 @@ def proximal_plan(cost: Tensor, rows: Tensor, columns: Tensor, *, beta: float, i
         Xie et al., A Fast Proximal Point Method for Computing Exact Wasserstein Distance (IPOT), UAI 2019.
     """
     cost = standardised(cost, rows, columns)
+    # From zero upwards in each row and column: no entry of the kernel overflows, and none vanishes with its whole row.
     cost = cost - cost.amin(dim=2, keepdim=True)
-    cost = cost - cost.amin(
-        dim=1, keepdim=True
-    )  # no entry of the kernel overflows, each row and column has a large one
+    cost = cost - cost.amin(dim=1, keepdim=True)
     kernel = torch.exp(-cost / beta)
     plan = torch.ones_like(kernel)
     column_scale = columns[:, None, :]
