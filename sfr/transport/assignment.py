@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
@@ -10,16 +12,20 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 
 INFINITY = np.float32(np.inf)
+NEVER = np.int32(2**31 - 1)  # above the bits of every float
+ALWAYS = np.int32(-(2**31))  # below them
+TINY = np.float32(np.finfo(np.float32).tiny)
 
-# Every inner loop runs over the columns of one row without a branch, so that it becomes vector instructions. That
-# needs minima without regard for NaN; infinities are used, so they stay allowed.
+# Every inner loop runs over the columns of one row without a branch, so that it becomes vector instructions. LLVM does
+# that for minima of integers and not of floats, hence the minima over the bits of the distances: floats >= 0 have the
+# order of their bits.
 compiled = njit(
     nogil=True, cache=True, boundscheck=False, error_model="numpy", fastmath={"nnan", "nsz", "reassoc", "contract"}
 )
 
 
 @compiled
-def assign(costs: Floats, columns: Ints) -> None:
+def assign(costs: Floats, columns: Ints, prices: Floats) -> None:
     """Write the column assigned to each row of each problem, of least total cost, into `columns`.
 
     Rows and columns are matched greedily by reduced cost first; each row left over is then matched along a shortest
@@ -27,27 +33,49 @@ def assign(costs: Floats, columns: Ints) -> None:
     bounded by N**3. The GIL is released.
 
     Args:
-        costs: costs of order one, finite, contiguous, shape (B, N, N).
+        costs: finite costs, contiguous, shape (B, N, N).
         columns: result, shape (B, N).
+        prices: result, the dual prices of the columns, shape (B, N): row p of the plan is at the minimum of
+            ``costs[p] - prices``.
 
     Reference:
         Jonker & Volgenant, A Shortest Augmenting Path Algorithm for Dense and Sparse Linear Assignment Problems,
         Computing 38, 1987.
     """
     size = costs.shape[1]
-    prices, distance = np.empty(size, np.float32), np.empty(size, np.float32)
-    closed, owned = np.empty(size, np.float32), np.empty(size, np.float32)
-    reduced = np.empty(size, np.float32)
-    rows, previous = np.empty(size, np.int32), np.empty(size, np.int32)
+    distance, final, open_prices = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
+    rows, previous, owned = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.int32)
+    bits = distance.view(np.int32)
+    cost = np.empty((size, size), np.float32)
     for problem in range(len(costs)):
-        cost, column = costs[problem], columns[problem]
-        column_reduction(cost, prices, column, rows, previous)
-        row_reduction(cost, prices, column, rows, reduced)
+        column, price = columns[problem], prices[problem]
+        scale = scaled(costs[problem], cost)
+        column_reduction(cost, price, column, rows, previous)
+        row_reduction(cost, price, column, rows, distance, bits)
         for j in range(size):
-            owned[j] = INFINITY if rows[j] >= 0 else np.float32(0)
+            owned[j] = NEVER if rows[j] >= 0 else ALWAYS
         for row in range(size):
             if column[row] < 0:
-                augment(row, cost, prices, column, rows, distance, closed, owned, reduced, previous)
+                augment(row, cost, price, column, rows, owned, distance, bits, final, open_prices, previous)
+        for j in range(size):
+            price[j] *= scale
+
+
+@compiled
+def scaled(costs: Floats, result: Floats) -> Any:
+    """Bring costs of any scale to order one, where sums and differences stay finite; return the scale."""
+    peak = np.full(1, TINY)
+    bits = peak.view(np.int32)
+    for row in range(len(costs)):
+        values, largest = costs[row].view(np.int32), bits[0]
+        for j in range(len(values)):
+            largest = max(largest, values[j] & NEVER)
+        bits[0] = largest
+    scale = peak[0]
+    for row in range(len(costs)):
+        for j in range(len(costs)):
+            result[row, j] = costs[row, j] / scale
+    return scale
 
 
 @compiled
@@ -70,26 +98,23 @@ def column_reduction(cost: Floats, prices: Floats, column: Ints, rows: Ints, che
 
 
 @compiled
-def row_reduction(cost: Floats, prices: Floats, column: Ints, rows: Ints, reduced: Floats) -> None:
+def row_reduction(cost: Floats, prices: Floats, column: Ints, rows: Ints, reduced: Floats, bits: Ints) -> None:
     """Give each free row its best column once, at the price that makes the second best as good for it."""
     size = len(prices)
     for row in range(size):
         if column[row] >= 0:
             continue
-        best = INFINITY
         for j in range(size):
             reduced[j] = cost[row, j] - prices[j]
-            best = min(best, reduced[j])
-        first = position(reduced, best)
+        first = position(bits, least(bits))
+        best = reduced[first]
         reduced[first] = INFINITY
-        second = INFINITY
-        for j in range(size):
-            second = min(second, reduced[j])
+        second = position(bits, least(bits))
         taken = first
-        if second > best:
-            prices[first] -= second - best
+        if reduced[second] > best:
+            prices[first] -= reduced[second] - best
         elif rows[first] >= 0:
-            taken = position(reduced, second)  # as good, and perhaps free
+            taken = second  # as good, and perhaps free
         if rows[taken] >= 0:
             column[rows[taken]] = -1
         rows[taken] = row
@@ -103,44 +128,48 @@ def augment(
     prices: Floats,
     column: Ints,
     rows: Ints,
+    owned: Ints,
     distance: Floats,
-    closed: Floats,
-    owned: Floats,
-    reduced: Floats,
+    bits: Ints,
+    final: Floats,
+    open_prices: Floats,
     previous: Ints,
 ) -> None:
     """Match the free row `start` along the shortest path of reduced costs to a free column.
 
-    `closed` and `owned` are infinite for the columns already reached for good, and those matched, zero for the others.
+    `bits` are those of `distance`. A column reached for good keeps its distance in `final`, and gets an infinite one
+    and an infinite price to stay out of the search. `owned` is NEVER for the matched columns, ALWAYS for the others.
     """
     size = len(prices)
     for j in range(size):
+        open_prices[j] = prices[j]
         distance[j] = cost[start, j] - prices[j]
         previous[j] = np.int32(start)
-        closed[j] = np.float32(0)
+        final[j] = INFINITY
     while True:
-        nearest, nearest_free = INFINITY, INFINITY
+        nearest, nearest_free = NEVER, NEVER
         for j in range(size):
-            reduced[j] = distance[j] + closed[j]
-            nearest = min(nearest, reduced[j])
-            nearest_free = min(nearest_free, reduced[j] + owned[j])
-        end = position(reduced, nearest)
+            nearest = min(nearest, bits[j])
+            nearest_free = min(nearest_free, max(bits[j], owned[j]))
+        end = position(bits, nearest)
+        shortest = distance[end]
         if nearest_free == nearest:  # among equals a free column ends the search
-            while rows[end] >= 0 or reduced[end] != nearest:
-                end += 1
-            owned[end] = INFINITY
             break
-        closed[end] = INFINITY
+        final[end] = shortest
+        distance[end] = INFINITY
+        open_prices[end] = -INFINITY
         row = rows[end]
-        shift = cost[row, end] - prices[end] - nearest
+        shift = cost[row, end] - prices[end] - shortest
         for j in range(size):
-            through = cost[row, j] - prices[j] - shift + closed[j]
+            through = cost[row, j] - open_prices[j] - shift
             nearer = through < distance[j]
             distance[j] = through if nearer else distance[j]
             previous[j] = row if nearer else previous[j]
+    while rows[end] >= 0 or bits[end] != nearest:
+        end += 1
+    owned[end] = NEVER
     for j in range(size):
-        if closed[j] == INFINITY:
-            prices[j] += distance[j] - nearest
+        prices[j] += min(final[j] - shortest, np.float32(0))
     while True:
         row = previous[end]
         rows[end] = row
@@ -150,9 +179,19 @@ def augment(
 
 
 @compiled
-def position(values: Floats, value: np.float32) -> int:
+def least(bits: Ints) -> Any:
+    """Return the least value."""
+    lowest = NEVER
+    for j in range(len(bits)):
+        lowest = min(lowest, bits[j])
+    return lowest
+
+
+@compiled
+def position(values: Ints, value: np.int32) -> Any:
     """Return the first index of a value that is known to be there."""
-    index = 0
-    while values[index] != value:
-        index += 1
+    size = np.int32(len(values))
+    index = size
+    for j in range(size):
+        index = min(index, np.int32(j) if values[j] == value else size)
     return index

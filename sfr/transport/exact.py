@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sfr.transport.scaling import round_to_marginals
+
+Floats = NDArray[np.float64]
+
 SIMPLEX_ITERATIONS = 1_000_000
+OPTIMAL = 1  # the simplex's code of success
 
 # Below these sizes threads cost more than they bring: entries of the batch for the compiled solver, and of a single
 # cost matrix for the solvers called once per problem, which hand the GIL to and fro.
@@ -52,12 +58,10 @@ def _compiled_assignment(cost: Tensor) -> NDArray[np.int32]:
     """Return the column of each row, (B, N)."""
     from sfr.transport.assignment import assign
 
-    # A scale of order one, which moves no assignment, keeps sums and differences of costs finite.
-    scale = cost.abs().amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(cost.dtype).tiny)
-    costs = (cost / scale).cpu().contiguous().numpy()
-    matches = np.empty(costs.shape[:2], np.int32)
+    costs = cost.cpu().contiguous().numpy()
+    matches, prices = np.empty(costs.shape[:2], np.int32), np.empty(costs.shape[:2], np.float32)
     threads = torch.get_num_threads() if costs.size >= COMPILED_THREADED_FROM else 1
-    _in_threads(lambda part: assign(costs[part], matches[part]), len(costs), threads)
+    _in_threads(lambda part: assign(costs[part], matches[part], prices[part]), len(costs), threads)
     return matches
 
 
@@ -78,31 +82,68 @@ def _scipy_assignment(cost: Tensor) -> NDArray[np.int32]:
 
 def _simplex(cost: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Return the plans, (B, N, M), for any masses."""
-    import ot  # loads every array library it finds: not before it is needed
-
-    costs = cost.to("cpu", torch.float64).numpy()
-    plans = np.empty_like(costs)
+    run = _simplex_solver()
+    cost64 = cost.to("cpu", torch.float64)
+    # The simplex compares with absolute tolerances: bring costs of any scale to order one.
+    largest = cost64.abs().amax(dim=(1, 2), keepdim=True)
+    costs = (cost64 / torch.where(largest > 0, largest, 1.0)).contiguous().numpy()
     a, b = _float64_masses(rows), _float64_masses(columns)
+    plans = np.empty_like(costs)
+    unsolved: list[int] = []
 
     def solve(part: slice) -> None:
         for i in range(part.start, part.stop):
-            # The simplex compares with absolute tolerances: bring costs of any scale to order one.
-            scale = np.abs(costs[i]).max() or 1.0
-            plans[i], log = ot.emd(a[i], b[i], costs[i] / scale, numItermax=SIMPLEX_ITERATIONS, log=True)
-            if log["warning"] is not None:
-                raise RuntimeError(f"POT's network simplex failed on a {costs[i].shape} problem: {log['warning']}")
+            plans[i], solved = run(a[i], b[i], costs[i], SIMPLEX_ITERATIONS)
+            if not solved:
+                unsolved.append(i)
 
     _in_threads(solve, len(costs), _loop_threads(costs))
+    if unsolved:
+        warnings.warn(
+            f"the network simplex did not solve {len(unsolved)} of {len(costs)} problems of shape {costs.shape[1:]} in "
+            f"{SIMPLEX_ITERATIONS} iterations; their plans are feasible and not optimal",
+            stacklevel=2,
+        )
+        tensors = (torch.from_numpy(each[unsolved]) for each in (plans, a, b))
+        plans[unsolved] = round_to_marginals(*tensors).numpy()
     return torch.from_numpy(plans).to(cost)
 
 
-def _float64_masses(masses: Tensor) -> NDArray[np.float64]:
+@cache
+def _simplex_solver() -> Callable[[Floats, Floats, Floats, int], tuple[Floats, bool]]:
+    """Return POT's network simplex: plan and success from masses (N,) and (M,), costs (N, M) and an iteration limit.
+
+    POT's compiled function saves the Python around each problem, more than the work of a small one. It is no public
+    name: where it is missing or behaves in another way, the public function does the same.
+    """
+    import ot  # loads every array library it finds: not before it is needed
+
+    def public(a: Floats, b: Floats, cost: Floats, iterations: int) -> tuple[Floats, bool]:
+        plan, log = ot.emd(a, b, cost, numItermax=iterations, log=True)
+        return plan, log["warning"] is None
+
+    def compiled(a: Floats, b: Floats, cost: Floats, iterations: int) -> tuple[Floats, bool]:
+        plan, *_, code = emd_c(a, b, cost, iterations, 1)
+        return plan, code == OPTIMAL
+
+    try:
+        from ot.lp.emd_wrap import emd_c
+
+        half, cost = np.full(2, 0.5), np.array([[1.0, 0.0], [0.0, 1.0]])
+        plan, solved = compiled(half, half, cost, 100)
+        fits = solved and np.array_equal(plan, 0.5 - 0.5 * cost)
+    except Exception:  # whatever another release does in its place
+        fits = False
+    return compiled if fits else public
+
+
+def _float64_masses(masses: Tensor) -> Floats:
     """Masses whose sums agree to float64 rounding, as the simplex needs them."""
     exact = masses.to("cpu", torch.float64)
     return (exact / exact.sum(dim=1, keepdim=True)).numpy()
 
 
-def _loop_threads(costs: NDArray[Any]) -> int:
+def _loop_threads(costs: Floats) -> int:
     return torch.get_num_threads() if costs[:1].size >= LOOP_THREADED_FROM else 1
 
 

@@ -78,9 +78,10 @@ def solve(
     dtype = cost.dtype if cost.dtype == torch.float64 else torch.float32
     with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
         batch = cost.detach().to(dtype).reshape(-1, *cost.shape[-2:])
-        finite = batch.abs().amax(dim=(1, 2), keepdim=True).isfinite()
-        sound = batch.device.type == "cpu" and bool(finite.all())  # on another device the host would have to wait
-        if not sound:
+        # One pass where the host may look at the result; a sum that overflows leaves the decision to the second.
+        sound = batch.device.type == "cpu" and bool(batch.sum(dim=(1, 2)).isfinite().all())
+        finite = None if sound else batch.abs().amax(dim=(1, 2), keepdim=True).isfinite()
+        if finite is not None:
             batch = torch.where(finite, batch, 0.0)
         rows = _masses("a", a, batch, batch.shape[1])
         columns = _masses("b", b, batch, batch.shape[2])
@@ -98,7 +99,7 @@ def solve(
             plan = proximal_plan(batch, rows, columns, beta=beta, iterations=iterations)
         else:
             plan = sinkhorn_plan(batch, rows, columns, epsilon=epsilon, iterations=iterations)
-        if not sound:
+        if finite is not None:
             plan = torch.where(finite, plan, rows[:, :, None] * columns[:, None, :])
         if a is not None:
             plan = plan * mass[:, :, None]
