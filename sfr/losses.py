@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfr.config import Cost, Marginals, Reduction, Solver, check_choice
-from sfr.transport import emd
+from sfr.transport import emd, solve
 
 
 def emd_l2(
@@ -80,31 +80,39 @@ class _SquaredTransport(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, shallow: Tensor, deep: Tensor, a: Tensor | None, b: Tensor | None, solver: Solver) -> Tensor:
-        value, plan = emd(_squared_cost(shallow, deep), a, b, solver)
+        cost = _squared_cost(shallow, deep)
+        plan = solve(cost, a, b, solver)
         ctx.save_for_backward(shallow, deep, plan)
-        return value
+        ctx.uniform = a is None and b is None
+        return cost.mul_(plan).sum(dim=(1, 2))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the envelope gradient, dL/ds_p = (2/C) sum_q X_pq (s_p - d_q), and likewise for d."""
         shallow, deep, plan = ctx.saved_tensors
         scale = (2.0 / shallow.shape[2]) * gradient[:, None, None]
+
+        def side(own: Tensor, plan: Tensor, other: Tensor) -> Tensor:
+            if ctx.uniform:
+                return torch.baddbmm(own, plan, other, beta=1 / own.shape[1], alpha=-1).mul_(scale)
+            return (plan.sum(dim=2)[:, :, None] * own).sub_(plan @ other).mul_(scale)
+
         with torch.autocast(shallow.device.type, enabled=False):
-            to_shallow = scale * (plan.sum(dim=2)[:, :, None] * shallow - plan @ deep)
-            if not ctx.needs_input_grad[1]:
-                return to_shallow, None, None, None, None
-            to_deep = scale * (plan.sum(dim=1)[:, :, None] * deep - plan.transpose(1, 2) @ shallow)
+            to_shallow = side(shallow, plan, deep)
+            to_deep = side(deep, plan.transpose(1, 2), shallow) if ctx.needs_input_grad[1] else None
         return to_shallow, to_deep, None, None, None
 
 
 def _squared_cost(shallow: Tensor, deep: Tensor) -> Tensor:
     """Mean over channels of the squared difference, (B, N, M), without a (B, N, M, C) tensor."""
     # The distance does not change when both sets move; around their common mean the products cancel least.
-    centre = (shallow.mean(dim=1, keepdim=True) + deep.mean(dim=1, keepdim=True)).detach() / 2
+    centre = (shallow.mean(dim=1, keepdim=True) + deep.mean(dim=1, keepdim=True)) / 2
     shallow, deep = shallow - centre, deep - centre
-    norms = shallow.square().sum(dim=2)[:, :, None] + deep.square().sum(dim=2)[:, None, :]
-    squares = torch.baddbmm(norms, shallow, deep.transpose(1, 2), alpha=-2)
-    return squares.clamp_min(0.0) / shallow.shape[2]
+    width = shallow.shape[2]
+    cost = torch.bmm(shallow, deep.transpose(1, 2)).mul_(-2.0 / width)
+    cost += torch.linalg.vector_norm(shallow, dim=2).square_().div_(width)[:, :, None]
+    cost += torch.linalg.vector_norm(deep, dim=2).square_().div_(width)[:, None, :]
+    return cost.clamp_min_(0.0)
 
 
 def _cosine_cost(shallow: Tensor, deep: Tensor) -> Tensor:
