@@ -1,5 +1,12 @@
-"""What pytest leaves out where an optional dependency is missing."""
+"""What pytest leaves out where an optional dependency is missing, and how Triton runs without a GPU."""
 
+import os
 from importlib.util import find_spec
 
-collect_ignore = [] if find_spec("numba") else ["sfr/transport/assignment.py"]
+import torch
+
+OPTIONAL = {"numba": "sfr/transport/assignment.py", "triton": "sfr/transport/fused.py"}
+collect_ignore = [path for package, path in OPTIONAL.items() if not find_spec(package)]
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # has to be set before Triton is imported

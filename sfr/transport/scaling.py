@@ -27,11 +27,42 @@ def round_to_marginals(plan: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return plan + missing_rows[:, :, None] * share[:, None, :]
 
 
-def standardised(cost: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Centre costs (B, N, M) by rows and columns, which moves no plan, and bring them to standard deviation one."""
-    cost = cost / cost.abs().amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(cost.dtype).tiny)
+def standardised(cost: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Centre costs (B, N, M) by rows and columns, which moves no plan, and bring them to standard deviation one.
+
+    Returns:
+        The standardised cost; and the scale (B, 1, 1) and the offsets of the columns (B, 1, M) that lead back:
+        ``cost = scale * standardised + offsets``, but for a constant in each row.
+    """
+    largest = cost.abs().amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(cost.dtype).tiny)
+    cost = cost / largest
     cost = cost - (cost * columns[:, None, :]).sum(dim=2, keepdim=True)
-    cost = cost - (cost * rows[:, :, None]).sum(dim=1, keepdim=True)
+    offsets = (cost * rows[:, :, None]).sum(dim=1, keepdim=True)
+    cost = cost - offsets
     variance = (cost.square() * rows[:, :, None] * columns[:, None, :]).sum(dim=(1, 2), keepdim=True)
     # Concentrated masses can leave the weighted deviation near zero while the cost is not.
-    return cost / torch.maximum(variance.sqrt(), 1e-3 * cost.abs().amax(dim=(1, 2), keepdim=True)).clamp_min(1e-6)
+    deviation = torch.maximum(variance.sqrt(), 1e-3 * cost.abs().amax(dim=(1, 2), keepdim=True)).clamp_min(1e-6)
+    return cost / deviation, deviation * largest, offsets * largest
+
+
+def duality_gap(cost: Tensor, plan: Tensor, rows: Tensor, columns: Tensor, potentials: Tensor) -> Tensor:
+    """Return how far plans may at most be above the optimum, relative to their own cost, shape (B,).
+
+    Any potentials of the columns, together with the best ones of the rows for them (the c-transform), are a feasible
+    dual, whose value bounds the optimum from below.
+
+    Args:
+        cost, plan: shape (B, N, M).
+        rows: masses, shape (B, N), the row sums of the plan.
+        columns: masses, shape (B, M), its column sums.
+        potentials: of the columns, shape (B, M), in the units of the cost.
+
+    Reference:
+        Peyré & Cuturi, Computational Optimal Transport, 2019, section 3.1 and 4.4.
+    """
+    slack = cost - potentials[:, None, :]
+    best = slack.amin(dim=2, keepdim=True)
+    # The plan's mass on what is above the best: the difference of primal and dual, without their cancellation.
+    excess = (plan * (slack - best)).sum(dim=(1, 2))
+    value = (plan * cost).sum(dim=(1, 2)).abs()
+    return excess / torch.maximum(value, torch.finfo(cost.dtype).tiny * torch.ones_like(value))

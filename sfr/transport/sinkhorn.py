@@ -8,7 +8,9 @@ from torch import Tensor
 from sfr.transport.scaling import TINY, round_to_marginals, standardised
 
 
-def sinkhorn_plan(cost: Tensor, rows: Tensor, columns: Tensor, *, epsilon: float, iterations: int) -> Tensor:
+def sinkhorn_plan(
+    cost: Tensor, rows: Tensor, columns: Tensor, *, epsilon: float, iterations: int
+) -> tuple[Tensor, Tensor]:
     """Return feasible, nearly optimal plans of a batch of problems without waiting for the device.
 
     Sinkhorn's alternating updates of the two potentials (Cuturi 2013) in the log domain. The regularization starts at
@@ -23,9 +25,10 @@ def sinkhorn_plan(cost: Tensor, rows: Tensor, columns: Tensor, *, epsilon: float
         iterations: number of updates of both potentials.
 
     Returns:
-        Plans of shape (B, N, M) with the dtype and device of `cost`.
+        Plans of shape (B, N, M), and the potentials of the columns, (B, M), in the units of the cost, both with the
+        dtype and device of `cost`.
     """
-    cost = standardised(cost, rows, columns)
+    cost, scale, offsets = standardised(cost, rows, columns)
     log_rows, log_columns = rows.clamp_min(TINY).log(), columns.clamp_min(TINY).log()
     f, g = torch.zeros_like(rows), torch.zeros_like(columns)
     blur = epsilon
@@ -35,4 +38,5 @@ def sinkhorn_plan(cost: Tensor, rows: Tensor, columns: Tensor, *, epsilon: float
         g = -blur * ((f[:, :, None] - cost) / blur + log_rows[:, :, None]).logsumexp(dim=1)
     log_plan = (f[:, :, None] + g[:, None, :] - cost) / blur
     plan = (log_plan + log_rows[:, :, None] + log_columns[:, None, :]).exp()
-    return round_to_marginals(plan, rows, columns)
+    potentials = scale[:, 0, :] * g + offsets[:, 0, :]
+    return round_to_marginals(plan, rows, columns), potentials

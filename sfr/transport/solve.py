@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +13,12 @@ from torch import Tensor
 from sfr.config import Solver, check_choice, check_number
 from sfr.transport.exact import exact_plan
 from sfr.transport.proximal import proximal_plan
+from sfr.transport.scaling import duality_gap
 from sfr.transport.sinkhorn import sinkhorn_plan
+
+FUSED_UP_TO = 64  # nodes on a side: the cost and the plan of a problem fit into the registers of one program
+
+_fused_works = importlib.util.find_spec("triton") is not None
 
 
 def solve(
@@ -65,45 +73,57 @@ def solve(
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.5000]])
     """
-    check_choice("solver", solver, Solver)
-    check_number("epsilon", epsilon, 1e-6)
-    if beta is not None:
-        check_number("beta", beta, 0.1)
-    check_number("iterations", iterations, 1, whole=True)
-    if not isinstance(cost, Tensor) or not cost.is_floating_point():
-        got = cost.dtype if isinstance(cost, Tensor) else type(cost).__name__
-        raise TypeError(f"cost must be a floating-point tensor; got {got}")
-    if cost.ndim not in (2, 3) or 0 in cost.shape[-2:]:
-        raise ValueError(f"cost must have shape (B, N, M) or (N, M), N and M >= 1; got {tuple(cost.shape)}")
-    dtype = cost.dtype if cost.dtype == torch.float64 else torch.float32
-    with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
-        batch = cost.detach().to(dtype).reshape(-1, *cost.shape[-2:])
-        # One pass where the host may look at the result; a sum that overflows leaves the decision to the second.
-        sound = batch.device.type == "cpu" and bool(batch.sum(dim=(1, 2)).isfinite().all())
-        finite = None if sound else batch.abs().amax(dim=(1, 2), keepdim=True).isfinite()
-        if finite is not None:
-            batch = torch.where(finite, batch, 0.0)
-        rows = _masses("a", a, batch, batch.shape[1])
-        columns = _masses("b", b, batch, batch.shape[2])
-        mass = rows.sum(dim=1, keepdim=True)
-        _check_equal_mass(mass, columns.sum(dim=1, keepdim=True))
-        rows, columns = _normalised(rows), _normalised(columns)
-        if solver == "auto":
-            solver = default_solver(batch.device)
-        uniform = a is None and b is None
-        if solver == "exact":
-            plan = exact_plan(batch, rows, columns, uniform=uniform)
-        elif solver == "proximal":
-            if beta is None:
-                beta = 1.0 if uniform and batch.shape[1] == batch.shape[2] else 2.0
-            plan = proximal_plan(batch, rows, columns, beta=beta, iterations=iterations)
-        else:
-            plan = sinkhorn_plan(batch, rows, columns, epsilon=epsilon, iterations=iterations)
-        if finite is not None:
-            plan = torch.where(finite, plan, rows[:, :, None] * columns[:, None, :])
-        if a is not None:
-            plan = plan * mass[:, :, None]
+    batch = _checked(cost, solver, epsilon, beta, iterations)
+    if torch.compiler.is_compiling():
+        plan = _compiled_plan(batch, a, b, solver, epsilon, beta, iterations)
+    else:
+        plan = _plan(batch, a, b, solver, epsilon, beta, iterations)
     return plan.reshape(cost.shape)
+
+
+def certified(
+    cost: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    solver: Solver = "auto",
+    *,
+    epsilon: float = 0.02,
+    beta: float | None = None,
+    iterations: int = 100,
+) -> tuple[Tensor, Tensor]:
+    r"""Return the plans of an iterative solver, and how far above the optimum each may be.
+
+    The bound is the distance of the plan's cost from the value of a feasible dual, relative to the plan's cost; on
+    feature costs it is one to three times the true gap. It is a tensor on the device like the plan: collect it and
+    read it when the device is read anyway.
+
+    Args:
+        cost, a, b, epsilon, beta, iterations: see :func:`solve`.
+        solver: "proximal" or "sinkhorn"; "auto" means proximal here. An exact plan needs no certificate.
+
+    Returns:
+        The plans, shape of `cost`, and the bounds, shape (B,), or () for one problem: infinite where the cost is not
+        finite.
+
+    Raises:
+        TypeError, ValueError: as :func:`solve`, and for ``solver="exact"``.
+
+    Example:
+        >>> plan, gap = certified(torch.rand(8, 16, 16))
+        >>> bool((gap < 0.01).all())
+        True
+    """
+    if solver == "exact":
+        raise ValueError("solver must be 'auto', 'proximal' or 'sinkhorn' for a certificate; got 'exact'")
+    batch = _checked(cost, solver, epsilon, beta, iterations)
+    with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
+        problem = _Problem.of(batch, a, b)
+        name: Solver = "proximal" if solver == "auto" else solver
+        plan, potentials = _iterated(problem, name, epsilon, beta, iterations)
+        gap = duality_gap(problem.cost, plan, problem.rows, problem.columns, potentials)
+        if problem.finite is not None:
+            gap = torch.where(problem.finite.flatten(), gap, torch.inf)
+        return problem.finished(plan).reshape(cost.shape), gap.reshape(cost.shape[:-2])
 
 
 def default_solver(device: torch.device) -> Solver:
@@ -130,6 +150,124 @@ def emd(
     """
     plan = solve(cost, a, b, solver, **options)
     return (plan * cost).sum(dim=(-2, -1)), plan
+
+
+def _checked(cost: Tensor, solver: Solver, epsilon: float, beta: float | None, iterations: int) -> Tensor:
+    """Check all arguments but the masses; return the costs as a batch without graph."""
+    check_choice("solver", solver, Solver)
+    check_number("epsilon", epsilon, 1e-6)
+    if beta is not None:
+        check_number("beta", beta, 0.1)
+    check_number("iterations", iterations, 1, whole=True)
+    if not isinstance(cost, Tensor) or not cost.is_floating_point():
+        got = cost.dtype if isinstance(cost, Tensor) else type(cost).__name__
+        raise TypeError(f"cost must be a floating-point tensor; got {got}")
+    if cost.ndim not in (2, 3) or 0 in cost.shape[-2:]:
+        raise ValueError(f"cost must have shape (B, N, M) or (N, M), N and M >= 1; got {tuple(cost.shape)}")
+    return cost.detach().reshape(-1, *cost.shape[-2:])
+
+
+def _plan(
+    cost: Tensor, a: Tensor | None, b: Tensor | None, solver: str, epsilon: float, beta: float | None, iterations: int
+) -> Tensor:
+    """Return the plans of a batch (B, N, M) whose arguments are checked, apart from the masses."""
+    with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
+        if solver == "auto":
+            solver = default_solver(cost.device)
+        if solver == "proximal" and _fits_fused(cost):
+            plan = _try_fused(cost, a, b, beta, iterations)
+            if plan is not None:
+                return plan
+        problem = _Problem.of(cost, a, b)
+        if solver == "exact":
+            plan = exact_plan(problem.cost, problem.rows, problem.columns, uniform=problem.uniform)
+        else:
+            plan, _ = _iterated(problem, solver, epsilon, beta, iterations)
+        return problem.finished(plan)
+
+
+def _fits_fused(cost: Tensor) -> bool:
+    """Whether the Triton kernel can take these problems: small ones, in the memory of an NVIDIA or AMD device."""
+    small = max(cost.shape[1:]) <= FUSED_UP_TO
+    return _fused_works and type(cost) is Tensor and cost.is_cuda and small and cost.dtype != torch.float64
+
+
+def _try_fused(cost: Tensor, a: Tensor | None, b: Tensor | None, beta: float | None, iterations: int) -> Tensor | None:
+    """Return the plans of the Triton kernel, or None, with a warning once, where it cannot be compiled or started."""
+    global _fused_works
+    rows = None if a is None else _masses("a", a, cost.float(), cost.shape[1])
+    columns = None if b is None else _masses("b", b, cost.float(), cost.shape[2])
+    beta = beta or _default_beta(cost, uniform=a is None and b is None)
+    try:
+        from sfr.transport.fused import fused_plan
+
+        return fused_plan(cost, rows, columns, beta=beta, iterations=iterations)
+    except Exception as error:  # no compiler, an unknown device, another Triton: training can go on without it
+        _fused_works = False
+        warnings.warn(f"the fused transport kernel does not run here, a slower one takes over: {error!r}", stacklevel=2)
+        return None
+
+
+# One opaque operation for torch.compile, which cannot look into compiled solvers of other libraries.
+_compiled_plan = torch.library.custom_op("sfr::transport_plan", _plan, mutates_args=())
+
+
+@_compiled_plan.register_fake
+def _(cost: Tensor, *_: Any) -> Tensor:
+    return cost.new_empty(cost.shape, dtype=_dtype(cost))
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A batch of problems made fit for any solver: finite costs, float32 or float64, and masses of sum 1."""
+
+    cost: Tensor
+    rows: Tensor
+    columns: Tensor
+    mass: Tensor | None  # what the masses summed to, (B, 1, 1); None for uniform masses of sum 1
+    finite: Tensor | None  # which problems had finite costs, (B, 1, 1); None if all
+    uniform: bool
+
+    @classmethod
+    def of(cls, cost: Tensor, a: Tensor | None, b: Tensor | None) -> _Problem:
+        cost = cost.to(_dtype(cost))
+        # One pass where the host may look at the result; a sum that overflows leaves the decision to the second.
+        sound = cost.device.type == "cpu" and bool(cost.sum(dim=(1, 2)).isfinite().all())
+        finite = None if sound else cost.abs().amax(dim=(1, 2), keepdim=True).isfinite()
+        if finite is not None:
+            cost = torch.where(finite, cost, 0.0)
+        rows, columns = _masses("a", a, cost, cost.shape[1]), _masses("b", b, cost, cost.shape[2])
+        mass = rows.sum(dim=1, keepdim=True)
+        _check_equal_mass(mass, columns.sum(dim=1, keepdim=True))
+        uniform = a is None and b is None
+        return cls(
+            cost, _normalised(rows), _normalised(columns), None if uniform else mass[:, :, None], finite, uniform
+        )
+
+    def finished(self, plan: Tensor) -> Tensor:
+        """Return the plan with the masses asked for, and the independent coupling where the cost is not finite."""
+        if self.finite is not None:
+            plan = torch.where(self.finite, plan, self.rows[:, :, None] * self.columns[:, None, :])
+        return plan if self.mass is None else plan * self.mass
+
+
+def _iterated(
+    problem: _Problem, solver: str, epsilon: float, beta: float | None, iterations: int
+) -> tuple[Tensor, Tensor]:
+    """Return plans, (B, N, M), and potentials of the columns, (B, M)."""
+    cost, rows, columns = problem.cost, problem.rows, problem.columns
+    if solver == "proximal":
+        beta = beta or _default_beta(cost, uniform=problem.uniform)
+        return proximal_plan(cost, rows, columns, beta=beta, iterations=iterations)
+    return sinkhorn_plan(cost, rows, columns, epsilon=epsilon, iterations=iterations)
+
+
+def _default_beta(cost: Tensor, *, uniform: bool) -> float:
+    return 1.0 if uniform and cost.shape[1] == cost.shape[2] else 2.0
+
+
+def _dtype(cost: Tensor) -> torch.dtype:
+    return cost.dtype if cost.dtype == torch.float64 else torch.float32
 
 
 def _masses(argument: str, masses: Tensor | None, batch: Tensor, size: int) -> Tensor:
