@@ -1,5 +1,7 @@
 """Transport: exact plans against scipy's linprog, feasibility of both solvers at the edges, and every refusal."""
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sfr.transport import emd, exact, solve
+from sfr.transport import certified, emd, exact, solve
 from sfr.transport.scaling import round_to_marginals
 
 SOLVERS = ["exact", "proximal", "sinkhorn"]
@@ -648,3 +650,206 @@ def test_emd_of_one_problem_is_a_number() -> None:
     assert value.shape == ()
     assert value == 0
     assert plan.shape == (2, 2)
+
+
+def dual_value(cost: Tensor, a: Tensor, b: Tensor, potentials: Tensor) -> Tensor:
+    """Value of the dual of the columns' potentials and the best of the rows for them, in float64."""
+    cost, potentials = cost.double(), potentials.double()
+    best = (cost - potentials[:, None, :]).amin(dim=2)
+    return (a * best).sum(dim=1) + (b * potentials).sum(dim=1)
+
+
+@pytest.mark.skipif(not exact.HAS_NUMBA, reason="needs numba")
+@pytest.mark.parametrize("kind", ["features", "near ties", "ties", "negative", "tiny", "huge"])
+@pytest.mark.parametrize("size", [1, 2, 17, 64])
+def test_the_compiled_assignment_is_optimal_by_duality(kind: str, size: int) -> None:
+    from sfr.transport.assignment import assign
+
+    cost = feature_cost(5, size, size, 32)
+    if kind == "near ties":
+        cost[:, : size - size // 8] = cost[:, :1] * (1 + 1e-3 * random_cost(5, 1, size))
+    elif kind == "ties":
+        cost = (3 * cost).floor()
+    cost = cost * {"negative": -1.0, "tiny": 1e-35, "huge": 1e35}.get(kind, 1.0)
+    columns, prices = torch.empty(5, size, dtype=torch.int32), torch.empty(5, size)
+    assign(cost.numpy(), columns.numpy(), prices.numpy())
+    uniform = torch.full((5, size), 1 / size, dtype=torch.float64)
+    primal = cost.double().gather(2, columns.long()[:, :, None]).mean(dim=(1, 2))
+    scale = cost.double().abs().amax(dim=(1, 2))
+    assert ((primal - dual_value(cost, uniform, uniform, prices)).abs() <= 1e-6 * scale).all()
+
+
+@iterative_solvers
+@pytest.mark.parametrize("masses", [False, True])
+def test_the_certificate_bounds_the_gap_and_not_by_much_more(solver: Any, masses: bool) -> None:
+    cost = 7 * feature_cost(6, 25, 25, 64) + 3
+    a, b = (random_masses(6, 25, seed=1).float(), random_masses(6, 25, seed=2).float()) if masses else (None, None)
+    plan, bound = certified(cost, a, b, solver)
+    assert torch.equal(plan, solve(cost, a, b, solver))
+    found = (plan * cost).sum(dim=(1, 2)).double()
+    best = (solve(cost.double(), a, b, "exact") * cost).sum(dim=(1, 2))
+    gap = 1 - best / found
+    assert (bound >= gap - 1e-6).all()
+    assert (bound <= (12 if masses else 1.5) * gap + 1e-5).all()
+
+
+@iterative_solvers
+def test_the_certificate_sees_a_plan_far_from_the_optimum(solver: Any) -> None:
+    cost = feature_cost(3, 16, 16, 8)
+    early, late = (certified(cost, solver=solver, iterations=k)[1] for k in (2, 200))
+    assert (early > 10 * late).all()
+
+
+def test_the_certificate_of_a_cost_not_finite_is_infinite() -> None:
+    cost = random_cost(2, 3, 3)
+    cost[1, 0, 0] = float("nan")
+    plan, bound = certified(cost)
+    assert bound.isfinite().tolist() == [True, False]
+    torch.testing.assert_close(plan[1], torch.full((3, 3), 1 / 9))
+
+
+def test_the_certificate_of_one_problem_is_a_number_and_of_an_exact_plan_refused() -> None:
+    assert certified(random_cost(4, 5))[1].shape == ()
+    with pytest.raises(ValueError, match="solver must be 'auto', 'proximal' or 'sinkhorn'"):
+        certified(random_cost(4, 5), solver="exact")
+
+
+@needs_fake_cuda
+@iterative_solvers
+def test_the_certificate_never_waits_for_the_device(solver: Any) -> None:
+    with FakeTensorMode(), DeviceReads():
+        _, bound = certified(torch.rand(2, 3, 4, device="cuda"), solver=solver)
+    assert bound.device.type == "cuda"
+
+
+@pytest.mark.filterwarnings("ignore:the network simplex did not solve")
+def test_a_simplex_out_of_iterations_gives_a_feasible_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost, a, b = feature_cost(3, 30, 20, 8), random_masses(3, 30, seed=1), random_masses(3, 20, seed=2)
+    best = (solve(cost, a, b) * cost).sum()
+    monkeypatch.setattr(exact, "SIMPLEX_ITERATIONS", 5)
+    plan = solve(cost, a, b)
+    assert_feasible(plan, a, b)
+    assert (plan * cost).sum() > best
+
+
+def test_a_simplex_out_of_iterations_warns_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "SIMPLEX_ITERATIONS", 5)
+    with pytest.warns(UserWarning, match=r"did not solve 3 of 3 problems of shape \(30, 20\) in 5 iterations"):
+        solve(feature_cost(3, 30, 20, 8))
+
+
+def changed_result(*arguments: Any) -> tuple[Any, ...]:
+    return np.zeros((2, 2)), 0.0
+
+
+def failing(*arguments: Any) -> tuple[Any, ...]:
+    raise TypeError("takes other arguments now")
+
+
+@pytest.mark.parametrize("replacement", [None, changed_result, failing], ids=["gone", "another result", "fails"])
+def test_without_pots_compiled_simplex_its_public_one_is_used(
+    monkeypatch: pytest.MonkeyPatch, replacement: Any
+) -> None:
+    import ot.lp.emd_wrap
+
+    cost, a, b = feature_cost(3, 6, 4, 8), random_masses(3, 6, seed=1), random_masses(3, 4, seed=2)
+    expected = solve(cost, a, b)
+    assert exact._simplex_solver().__name__ == "compiled"
+    if replacement is None:
+        monkeypatch.delattr(ot.lp.emd_wrap, "emd_c")
+    else:
+        monkeypatch.setattr(ot.lp.emd_wrap, "emd_c", replacement)
+    exact._simplex_solver.cache_clear()
+    try:
+        assert exact._simplex_solver().__name__ == "public"
+        monkeypatch.undo()
+        torch.testing.assert_close(solve(cost, a, b), expected)
+    finally:
+        exact._simplex_solver.cache_clear()
+
+
+def test_no_number_of_a_proximal_plan_falls_below_the_smallest_normal_one() -> None:
+    # Arithmetic on such numbers makes a CPU many times slower.
+    plan = solve(feature_cost(1, 100, 100, 64), solver="proximal")
+    assert not ((plan > 0) & (plan < torch.finfo(torch.float32).tiny)).any()
+
+
+LAYOUTS = {
+    "contiguous": lambda cost: cost,
+    "transposed": lambda cost: cost.mT.contiguous().mT,
+    "every other": lambda cost: cost.repeat_interleave(2, dim=2)[:, :, ::2],
+    "one problem repeated": lambda cost: cost[:1].expand_as(cost),
+}
+
+
+@both_solvers
+@settings(PROFILE, max_examples=40)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7)),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    poison=st.sampled_from([None, float("nan"), float("inf"), float("-inf"), 0.0, -5.0, 6e4]),
+    zero_row=st.booleans(),
+    graph=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_plan_is_feasible_for_any_dtype_layout_and_bad_entry(
+    solver: Any,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    layout: str,
+    poison: float | None,
+    zero_row: bool,
+    graph: bool,
+    seed: int,
+) -> None:
+    batch, n, m = shape
+    cost = random_cost(*shape, seed=seed).to(dtype)
+    if zero_row:
+        cost[:, 0] = 0.0
+    if poison is not None:
+        cost[seed % batch, seed % n, seed % m] = poison
+    cost = LAYOUTS[layout](cost).requires_grad_(graph)
+    a, b = random_masses(batch, n, seed=seed + 1), random_masses(m, seed=seed + 2)
+    plan = solve(cost, a, b, solver)
+    assert plan.shape == shape
+    assert_feasible(plan, a, b, tolerance=1e-5)
+
+
+HARD = """
+import torch
+from sfr.transport import solve
+
+torch.set_num_threads(1)
+draws = torch.Generator().manual_seed(0)
+def random(*shape): return torch.rand(*shape, generator=draws)
+size = 160
+costs = {
+    "equal": torch.ones(2, size, size),
+    "few values": random(2, size, size).mul(3).floor(),
+    "near ties": 1 + 1e-6 * random(2, size, size),
+    "product": torch.arange(1.0, size + 1)[:, None] * torch.arange(1.0, size + 1)[None, :] * torch.ones(2, 1, 1),
+    "wide range": 10 ** (76 * random(2, size, size) - 38),
+    "below normal": 1e-42 * random(2, size, size),
+}
+for name, cost in costs.items():
+    for masses in (None, torch.full((size,), 1 / size), random(size).div(size), torch.eye(size)[:2]):
+        other = None if masses is None else masses.roll(1, -1)
+        for solver in ("exact", "proximal", "sinkhorn"):
+            plan = solve(cost, masses, other, solver, iterations=20)
+            assert plan.isfinite().all(), (name, solver)
+print("all solved")
+"""
+
+
+def test_no_input_keeps_a_solver_busy_for_ever() -> None:
+    # In a process of its own, which can be ended. It takes seconds; the limit is that of a loop without an end.
+    run = subprocess.run([sys.executable, "-c", HARD], capture_output=True, text=True, timeout=180, check=False)
+    assert run.stdout.strip() == "all solved", run.stderr
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_solve_is_one_operation_inside_torch_compile(solver: Any) -> None:
+    cost, a = feature_cost(2, 6, 6, 8), random_masses(6, seed=1).float()
+    compiled = torch.compile(lambda cost: 2 * solve(cost, a, None, solver), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(cost), 2 * solve(cost, a, None, solver))

@@ -45,24 +45,23 @@ def standardised(cost: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, T
     return cost / deviation, deviation * largest, offsets * largest
 
 
-def duality_gap(cost: Tensor, plan: Tensor, rows: Tensor, columns: Tensor, potentials: Tensor) -> Tensor:
+def duality_gap(cost: Tensor, plan: Tensor, potentials: Tensor) -> Tensor:
     """Return how far plans may at most be above the optimum, relative to their own cost, shape (B,).
 
-    Any potentials of the columns, together with the best ones of the rows for them (the c-transform), are a feasible
-    dual, whose value bounds the optimum from below.
+    Any potentials of the columns lead to a feasible dual, whose value bounds the optimum from below: the best of the
+    rows for them, and the best of the columns for these (the c-transform, twice).
 
     Args:
-        cost, plan: shape (B, N, M).
-        rows: masses, shape (B, N), the row sums of the plan.
-        columns: masses, shape (B, M), its column sums.
+        cost: shape (B, N, M).
+        plan: feasible plans, shape (B, N, M).
         potentials: of the columns, shape (B, M), in the units of the cost.
 
     Reference:
-        Peyré & Cuturi, Computational Optimal Transport, 2019, section 3.1 and 4.4.
+        Peyré & Cuturi, Computational Optimal Transport, 2019, chapter 5.
     """
-    slack = cost - potentials[:, None, :]
-    best = slack.amin(dim=2, keepdim=True)
-    # The plan's mass on what is above the best: the difference of primal and dual, without their cancellation.
-    excess = (plan * (slack - best)).sum(dim=(1, 2))
     value = (plan * cost).sum(dim=(1, 2)).abs()
-    return excess / torch.maximum(value, torch.finfo(cost.dtype).tiny * torch.ones_like(value))
+    cost = cost - (cost - potentials[:, None, :]).amin(dim=2, keepdim=True)  # above the best potentials of the rows
+    slack = cost - cost.amin(dim=1, keepdim=True)  # and above the best of the columns for these: all >= 0
+    # The plan's mass on that is the difference of primal and dual, without their cancellation.
+    excess = (plan * slack).sum(dim=(1, 2))
+    return excess / value.clamp_min(torch.finfo(cost.dtype).tiny)
