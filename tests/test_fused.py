@@ -102,7 +102,7 @@ def test_layout_precision_and_empty_batches_are_no_matter() -> None:
 
 
 COMPILE = """
-import sys, triton
+import inspect, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from sfr.transport.fused import proximal_kernel
@@ -110,7 +110,8 @@ from sfr.transport.fused import proximal_kernel
 constants = {"HAS_A": True, "HAS_B": False, "BLOCK_N": 64, "BLOCK_M": 32}
 kinds = {"beta": "fp32", "n": "i32", "m": "i32", "iterations": "i32"} | dict.fromkeys(constants, "constexpr")
 signature = {name: kinds.get(name, "*fp32") for name in proximal_kernel.arg_names}
-source = ASTSource(fn=proximal_kernel, signature=signature, constexprs=constants)
+keyword = "constexprs" if "constexprs" in inspect.signature(ASTSource).parameters else "constants"  # its older name
+source = ASTSource(fn=proximal_kernel, signature=signature, **{keyword: constants})
 for capability in (80, 90):
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
     print(capability, len(compiled.asm["cubin"]) > 1000)

@@ -90,8 +90,8 @@ def proximal_kernel(  # type: ignore[no-untyped-def]
     kernel = tl.where(inside, tl.exp(-cost / beta), 0.0)
     plan = tl.where(inside, 1.0, 0.0)
     column_scale = columns
-    value, settled, step = float("inf"), False, 0
-    while (step < iterations) & (not settled):
+    value, step = float("inf"), 0
+    while step < iterations:
         plan = tl.maximum(plan * kernel, TINY)  # padding falls to zero below: it has no mass
         plan *= (rows / tl.maximum(tl.sum(plan * column_scale[None, :], axis=1), TINY))[:, None]
         column_scale = columns / tl.maximum(tl.sum(plan, axis=0), TINY)
@@ -101,7 +101,7 @@ def proximal_kernel(  # type: ignore[no-untyped-def]
             before = value
             # log(kernel) is the cost, up to its unit, without keeping it.
             value = -total(plan * tl.log(tl.maximum(kernel, TINY)))
-            settled = tl.abs(before - value) <= UNCHANGED * tl.abs(value)
+            step = tl.where(tl.abs(before - value) <= UNCHANGED * tl.abs(value), iterations, step)
     plan = rounded(plan, rows, columns)
     plan = tl.where(sound, plan, rows[:, None] * columns[None, :])
     tl.store(plan_ptr + offsets, plan * mass, mask=inside)
