@@ -3,9 +3,11 @@
     python benchmarks/overhead.py                                    # on the CPU, random images
     python benchmarks/overhead.py --data-dir DIR                     # on CIFAR-100 images from local Parquet
     python benchmarks/overhead.py --device cuda --precision bf16     # on a GPU
+    python benchmarks/overhead.py --models resnet50 --image-size 224 --batch-size 64
 
-Two copies of a model take turns, one plain with cross-entropy, one wrapped with SFRLoss, on the same batches. A step
-is forward, loss, backward and optimizer. The table shows medians and their ratio; the JSON holds every single time.
+Three copies of a model take turns on the same batches: one plain with cross-entropy, one wrapped with SFRLoss, and one
+more whose transport plans cost nothing (the independent coupling), which shows the solver's share. A step is forward,
+loss, backward and optimizer. The table shows medians and their ratio; the JSON holds every single time.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torchvision
 from torch import Tensor, nn
 
 import sfr
@@ -31,7 +35,7 @@ from sfr.measure import StepCost, compare_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
-from cifar_data import load_splits  # noqa: E402
+from cifar_data import IMAGE_SIZE, load_splits  # noqa: E402
 from cifar_models import build_model  # noqa: E402
 
 Batch = tuple[Tensor, Tensor]
@@ -64,17 +68,33 @@ def measure(
 ) -> dict[str, StepCost]:
     """Return the cost of the plain step and of the step with SFR, after `args.train_steps` of training."""
     torch.manual_seed(0)
-    plain = build_model(name, 100).to(device).to(memory_format=memory_format(args))
+    plain = build(name, args.image_size).to(device).to(memory_format=memory_format(args))
     criterion = nn.CrossEntropyLoss()
     train = make_step(plain, criterion, batches, args)
     for _ in range(args.train_steps):  # the features of an untrained network are an easy case
         train()
-    wrapped = sfr.SFRWrapper(copy.deepcopy(plain), config)
+    wrapped, unsolved = (sfr.SFRWrapper(copy.deepcopy(plain), config) for _ in range(2))
+    without_plans = make_step(unsolved, sfr.SFRLoss(unsolved), batches, args)
     steps = {
         "plain": make_step(plain, criterion, batches, args),
         "sfr": make_step(wrapped, sfr.SFRLoss(wrapped), batches, args),
+        "unsolved": patch("sfr.losses.solve", independent_coupling)(without_plans),
     }
     return compare_steps(steps, device, args.repeats, warmup=2)
+
+
+def build(name: str, image_size: int) -> nn.Module:
+    """Return a classifier of 100 classes; of images larger than CIFAR's one with its own stem."""
+    if image_size == IMAGE_SIZE:
+        return build_model(name, 100)
+    return torchvision.models.get_model(name, weights=None, num_classes=100)
+
+
+def independent_coupling(cost: Tensor, a: Tensor | None, b: Tensor | None, *_: object) -> Tensor:
+    """Stand in for solve(): the plan that takes no solver, at next to no cost."""
+    rows = torch.full_like(cost[:, :, 0], 1 / cost.shape[1]) if a is None else a
+    columns = torch.full_like(cost[:, 0, :], 1 / cost.shape[2]) if b is None else b
+    return rows[:, :, None] * columns[:, None, :]
 
 
 def make_step(
@@ -100,7 +120,8 @@ def load_batches(args: argparse.Namespace, device: torch.device) -> list[Batch]:
     """Return a few batches on the device: of CIFAR-100, or random ones without --data-dir."""
     count, size = 8, args.batch_size
     if args.data_dir is None:
-        images, labels = torch.randn(count * size, 3, 32, 32), torch.randint(0, 100, (count * size,))
+        shape = (count * size, 3, args.image_size, args.image_size)
+        images, labels = torch.randn(shape), torch.randint(0, 100, (count * size,))
     else:
         train = load_splits("cifar100", args.data_dir, count * size, 0.0).train
         loaded = [train.collate([train[i] for i in range(k * size, (k + 1) * size)]) for k in range(count)]
@@ -114,11 +135,13 @@ def memory_format(args: argparse.Namespace) -> torch.memory_format:
 
 
 def summary(costs: dict[str, StepCost]) -> dict[str, Any]:
-    plain, with_sfr = costs["plain"], costs["sfr"]
+    plain, with_sfr, unsolved = costs["plain"], costs["sfr"], costs["unsolved"]
     return {
         "plain_seconds": plain.seconds,
         "sfr_seconds": with_sfr.seconds,
+        "unsolved_seconds": unsolved.seconds,
         "time_ratio": with_sfr.median / plain.median,
+        "transport_ratio": (with_sfr.median - unsolved.median) / plain.median,
         "plain_peak_bytes": plain.peak_bytes,
         "sfr_peak_bytes": with_sfr.peak_bytes,
         "memory_ratio": with_sfr.peak_bytes / plain.peak_bytes,
@@ -130,20 +153,21 @@ def summary(costs: dict[str, StepCost]) -> dict[str, Any]:
 def row(name: str, result: dict[str, Any]) -> str:
     return (
         f"| {name} | {result['plain_median'] * 1e3:.1f} | {result['sfr_median'] * 1e3:.1f} | "
-        f"{result['time_ratio']:.3f}x | {result['plain_peak_bytes'] / 2**20:.0f} | "
+        f"{result['time_ratio']:.3f}x | {result['transport_ratio']:.1%} | {result['plain_peak_bytes'] / 2**20:.0f} | "
         f"{result['sfr_peak_bytes'] / 2**20:.0f} | {result['memory_ratio']:.3f}x |"
     )
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     header = (
-        "| model | plain, ms | SFR, ms | time | plain, MiB | SFR, MiB | peak memory |\n|---|---|---|---|---|---|---|"
+        "| model | plain, ms | SFR, ms | time | of which transport | plain, MiB | SFR, MiB | peak memory |\n"
+        "|---|---|---|---|---|---|---|---|"
     )
     return "\n".join([header, *(row(name, result) for name, result in results.items())])
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("batch_size", "precision", "channels_last", "repeats", "train_steps")
+    names = ("batch_size", "image_size", "precision", "channels_last", "repeats", "train_steps")
     return {name: getattr(args, name) for name in names} | {"images": "cifar100" if args.data_dir else "random"}
 
 
@@ -175,6 +199,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--models", nargs="+", default=["resnet20", "resnet18"], help="names as in examples/train_cifar.py")
     add("--data-dir", type=Path, help="CIFAR-100 Parquet files; random images without it")
     add("--batch-size", type=int, default=128)
+    add(
+        "--image-size", type=int, default=IMAGE_SIZE, help="random images; other sizes than CIFAR's: torchvision models"
+    )
     add("--repeats", type=int, default=15, help="timed steps of each kind")
     add("--train-steps", type=int, default=30, help="plain training before the measurement")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -183,6 +210,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--config", default="{}", metavar="JSON", help='SFRConfig fields, as in \'{"grouping": "mean"}\'')
     add("--output", type=Path, help="default benchmarks/results/overhead-DEVICE.json")
     args = parser.parse_args()
+    if args.data_dir and args.image_size != IMAGE_SIZE:
+        parser.error(f"--image-size is for random images: CIFAR's are {IMAGE_SIZE} pixels wide")
     args.output = args.output or ROOT / "benchmarks" / "results" / f"overhead-{args.device}.json"
     return args
 

@@ -1,12 +1,13 @@
 """On a CUDA device: the same promises as on the CPU, and no wait for the device in a training step."""
 
+import warnings
 from contextlib import contextmanager
 
 import pytest
 import torch
 
 import sfr
-from sfr.transport import solve
+from sfr.transport import certified, solve
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -27,6 +28,27 @@ def test_plans_of_the_device_are_those_of_the_cpu(solver):
     torch.testing.assert_close(
         solve(cost.cuda(), solver=solver).cpu(), solve(cost, solver=solver), rtol=1e-3, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("masses", [False, True])
+@pytest.mark.parametrize(("n", "m"), [(16, 16), (49, 64), (64, 64), (5, 3)])
+def test_the_fused_kernel_gives_the_plans_of_the_eager_solver(n, m, masses):
+    cost = torch.rand(8, n, m)
+    a, b = (torch.rand(8, size).add(0.1) for size in (n, m))
+    given = (a / a.sum(dim=1, keepdim=True), b / b.sum(dim=1, keepdim=True)) if masses else (None, None)
+    expected = solve(cost, *given, solver="proximal")  # on the CPU there is no other
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of the kernel that did not start
+        found = solve(cost.cuda(), *(None if side is None else side.cuda() for side in given), solver="proximal")
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-2, atol=1e-4 / n)
+
+
+def test_a_certificate_never_waits_for_the_device():
+    cost = torch.rand(8, 100, 100, device="cuda")
+    with no_waiting():
+        plan, bound = certified(cost)
+    assert (bound < 0.01).all()
+    assert plan.is_cuda
 
 
 def test_exact_plans_are_given_back_on_the_device():
