@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfr.compiling import eager
 from sfr.config import Layout, SFRConfig
 from sfr.labels import DynamicLabelSmoothing, checked_target
 from sfr.losses import emd_l2
@@ -106,6 +107,7 @@ class SFRLoss(nn.Module):
         warmup = self.config.warmup
         return self.config.weight * (min(1.0, self.step / warmup) if warmup else 1.0)
 
+    @eager
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the loss of one batch as a 0-d tensor.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sfr.compiling import eager
 from sfr.config import SFRConfig
 from sfr.stages import StageFinder, find_stages
 from sfr.taps import Recorder, Tap, same_forward
@@ -106,7 +107,8 @@ class SFRWrapper(nn.Module):
             self._recorder.abort()
             return self._model(*args, **kwargs)
         if self._stage_names is None:
-            return self._discovering_forward(*args, **kwargs)
+            # PyTorch's error shows the next line, with its hint, if torch.compile must not leave the graph.
+            return self._discovering_forward(*args, **kwargs)  # with fullgraph=True pass example_input= or stages=
         self._recorder.begin()
         try:
             output = self._model(*args, **kwargs)
@@ -169,9 +171,8 @@ class SFRWrapper(nn.Module):
         self._recorder.attach(stages)
         self._stage_names = tuple(stages)
 
+    @eager
     def _discovering_forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            raise RuntimeError("stages cannot be discovered inside torch.compile; pass example_input= or stages=")
         with StageFinder(self._model) as finder:
             output = self._model(*args, **kwargs)
         found = finder.found()
