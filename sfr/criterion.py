@@ -218,7 +218,7 @@ def _wrapper_in(model: object) -> SFRWrapper:
     """Return the SFRWrapper that `model` is, or that DDP, FSDP or torch.compile hold."""
     inner: Any = model
     while inner is not None and not isinstance(inner, SFRWrapper):
-        inner = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
+        inner = getattr(inner, "module", getattr(inner, "_orig_mod", None))
     if inner is None:
         raise TypeError(f"SFRLoss needs an SFRWrapper: model = sfr.SFRWrapper(model); got {type(model).__name__}")
     return inner

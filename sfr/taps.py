@@ -69,7 +69,8 @@ class Recorder:
         if not torch.is_grad_enabled():
             raise RuntimeError(
                 f"stage {name!r} ran without gradient inside a training forward. With gradient checkpointing pass "
-                "use_reentrant=False; a part of the model under torch.no_grad() cannot be a stage."
+                "use_reentrant=False, or tap the modules around the checkpointed one with stages=[...]; a part of the "
+                "model under torch.no_grad() cannot be a stage."
             )
         self.features[name] = tensor_of(name, output)
 
@@ -84,8 +85,9 @@ class Recorder:
         if silent:
             self.features = {}
             raise RuntimeError(
-                f"stage(s) {silent} did not fire in this forward: the module was skipped, replaced after wrapping, or "
-                "its parent calls .forward() directly. Leave it out of stages=[...], or wrap after the change."
+                f"stage(s) {silent} did not fire in this forward: the module was skipped, replaced after wrapping, its "
+                "parent calls its parts or .forward() itself, or it was compiled and run before it was wrapped. Leave it "
+                "out of stages=[...], wrap after the change, or call torch.compiler.reset() after wrapping."
             )
 
     def abort(self) -> None:

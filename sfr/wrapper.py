@@ -185,7 +185,7 @@ class SFRWrapper(nn.Module):
         modes = [(module, module.training) for module in self._model.modules()]
         try:
             self._model.eval()
-            with StageFinder(self._model) as finder, torch.no_grad():
+            with torch.no_grad(), StageFinder(self._model) as finder:
                 self._model(*args, **kwargs)
         finally:
             for module, mode in modes:

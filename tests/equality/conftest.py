@@ -13,7 +13,17 @@ sys.path.insert(0, str(FOLDER))
 
 from group_norm import group_norm_net  # noqa: E402
 
-JOBS = ["1-plain", "2-plain", "4-plain", "1-accumulated", "2-accumulated", "4-accumulated", "1-bf16", "2-bf16", "2-fsdp2"]
+JOBS = [
+    "1-plain",
+    "2-plain",
+    "4-plain",
+    "1-accumulated",
+    "2-accumulated",
+    "4-accumulated",
+    "1-bf16",
+    "2-bf16",
+    "2-fsdp2",
+]
 
 
 @pytest.fixture
