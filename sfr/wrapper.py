@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sfr.compiling import eager
 from sfr.config import SFRConfig
 from sfr.stages import StageFinder, find_stages
-from sfr.taps import Recorder, Tap, same_forward
+from sfr.taps import Recorder, Tap
 
 if TYPE_CHECKING:
     from sfr.report import Report
@@ -125,19 +125,19 @@ class SFRWrapper(nn.Module):
             logits: the output that the features must belong to.
 
         Raises:
-            RuntimeError: if there are none, or they belong to another forward than the logits.
+            RuntimeError: if there are none, or the logits come from another forward, even in part.
         """
-        features, self._recorder.features = self._recorder.features, {}
-        if not features:
+        if not self._recorder.features:
             raise RuntimeError(
                 "no features are recorded. The criterion needs a forward of the wrapped model (not of the plain or "
                 "unwrapped one) in training mode and with gradient just before it, and uses its features once. For a "
                 "validation loss call criterion.eval(), or compute it under torch.no_grad()."
             )
-        if not same_forward(logits, features):
+        features = self._recorder.take(logits)
+        if features is None:
             raise RuntimeError(
-                "the logits do not come from the last training forward of the wrapped model, whose features are "
-                "recorded; call the criterion right after each forward, with its output"
+                "the logits do not come from the last training forward of the wrapped model alone, whose features are "
+                "recorded; call the criterion right after each forward, with its output, and add the losses"
             )
         return features
 

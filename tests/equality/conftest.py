@@ -33,7 +33,7 @@ def make_net():
 
 @pytest.fixture
 def assert_equal(record_property):
-    """Return ``torch.testing.assert_close``, exact if not told otherwise; benchmarks/equality.py reads the tolerance."""
+    """Return ``torch.testing.assert_close``, exact if not told otherwise, which notes the tolerance in the report."""
 
     def compare(actual, expected, *, rtol=0.0, atol=0.0):
         record_property("tolerance", f"rtol {rtol:g}, atol {atol:g}" if rtol or atol else "bit for bit")

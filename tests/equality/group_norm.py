@@ -5,7 +5,7 @@ from torch import nn
 
 
 def group_norm_net(classes: int = 10) -> nn.Sequential:
-    """Three stages, always the same weights, and no batch statistics: those differ between parts of a batch by design."""
+    """Three stages, always the same weights, and no batch statistics: those of a part are not those of a batch."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),

@@ -31,10 +31,34 @@ def test_views_of_other_sizes_train(model, batch):
     assert criterion.last.feature > 0
 
 
-def test_two_forwards_before_the_criterion_are_an_error_that_says_what_to_do(model, batch):
-    first, _ = model(batch[0]), model(batch[0].flip(3))
-    with pytest.raises(RuntimeError, match="call the criterion right after each forward"):
-        sfr.SFRLoss(model)(first, batch[1])
+VIEWS = {
+    "first": lambda first, second: first,
+    "concatenated": lambda first, second: torch.cat([first, second])[::2],
+    "averaged": lambda first, second: (first + second) / 2,
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("views", VIEWS.values(), ids=VIEWS)
+def test_logits_of_an_earlier_forward_even_in_part_are_an_error(model, batch, views, compiled):
+    """The features are those of the last forward only: the loss of both would silently lack those of the first."""
+    torch._dynamo.reset()
+    forward = torch.compile(model, backend="eager") if compiled else model
+    criterion = sfr.SFRLoss(model)
+    for _ in range(2):
+        logits = views(forward(batch[0]), forward(batch[0].flip(3)))
+        with pytest.raises(RuntimeError, match="call the criterion right after each forward"):
+            criterion(logits, batch[1])
+    criterion(forward(batch[0]), batch[1]).backward()
+
+
+def test_a_forward_whose_output_goes_elsewhere_is_no_error(model, batch):
+    criterion = sfr.SFRLoss(model)
+    other = model(batch[0].flip(3))
+    logits = model(batch[0])
+    (criterion(logits, batch[1]) + (logits - other).square().mean()).backward()
+    assert not model._recorder.unused
 
 
 def test_two_models_in_one_loss_keep_their_features_apart(make_net, batch):
