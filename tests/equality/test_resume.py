@@ -54,7 +54,7 @@ def test_resuming_continues_as_if_nothing_had_happened(make_net, assert_equal, o
     assert_equal((losses, states[0]), (expected, states[1]))
 
 
-def test_without_the_criterions_state_the_run_would_differ(make_net):
+def test_without_the_state_of_the_criterion_the_run_would_differ(make_net):
     batches = torch.randn(8, 8, 3, 16, 16)
     run = new_run(make_net, OPTIONS["running"])
     expected = train(run, batches[:4]) + train(run, batches[4:])
