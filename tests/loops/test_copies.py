@@ -14,9 +14,20 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 import sfr
 
 
+class Scaled(nn.Module):
+    """Has a parameter of its own, next to those of its parts, as vision transformers do."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.scale = net, nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.net(x * self.scale)
+
+
 @pytest.fixture
 def model(make_net, batch):
-    return sfr.SFRWrapper(make_net(), example_input=batch[0], weight=1.0)
+    return sfr.SFRWrapper(Scaled(make_net()), example_input=batch[0], weight=1.0)
 
 
 class Run:
@@ -138,7 +149,9 @@ def test_an_average_can_be_trained_itself(model, batch):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_functional_call_gives_the_loss_and_the_gradients_of_the_given_parameters(model, batch):
+@pytest.mark.parametrize("copied", [lambda model: model, *COPIES])
+def test_a_functional_call_gives_the_loss_and_the_gradients_of_the_given_parameters(model, batch, copied):
+    model = copied(model)
     other = {name: (parameter.detach() * 0.9).requires_grad_() for name, parameter in model.named_parameters()}
     loss = sfr.SFRLoss(model)(functional_call(model, other, (batch[0],)), batch[1])
     gradients = torch.autograd.grad(loss, list(other.values()))
@@ -162,13 +175,13 @@ def test_state_dicts_load_with_weights_only(make_net, batch, update):
 
 
 def test_a_saved_state_passes_between_wrapped_and_plain_models(make_net, model, batch):
-    plain = make_net()
+    plain = Scaled(make_net())
     plain.load_state_dict(saved(model.state_dict(), weights_only=True))
     assert torch.equal(plain(batch[0]), model(batch[0]))
-    again = sfr.SFRWrapper(make_net())
+    again = sfr.SFRWrapper(Scaled(make_net()))
     again.load_state_dict(saved(plain.state_dict(), weights_only=True))
     assert torch.equal(again(batch[0]), model(batch[0]))
     unwrapped = through_a_file(model.unwrap())
-    assert type(unwrapped) is nn.Sequential
+    assert type(unwrapped) is Scaled
     assert not any(module._forward_hooks for module in unwrapped.modules())
     assert torch.equal(unwrapped(batch[0]), plain(batch[0]))
