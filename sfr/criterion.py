@@ -56,7 +56,8 @@ class SFRLoss(nn.Module):
     In ``criterion.eval()``, under ``torch.no_grad()`` and inside ``model.disable()`` it is the plain cross-entropy,
     for a validation loss that compares with other methods.
 
-    A sample whose features are not finite has a feature term of zero, with one warning; training goes on.
+    A sample whose features are not finite has a feature term of zero, with one warning; training goes on. Under
+    ``torch.compile`` the criterion runs eagerly, as a whole.
 
     Args:
         model: the :class:`sfr.SFRWrapper`, also inside DDP or ``torch.compile``.

@@ -26,7 +26,8 @@ class Recorder:
     """The features of the last training forward of one model.
 
     Between :meth:`begin` and :meth:`end` the taps record, each once; outside they do nothing, so that evaluation,
-    a sub-module called on its own, and the recomputation of gradient checkpointing leave no trace.
+    a sub-module called on its own, and the recomputation of gradient checkpointing leave no trace. An output that is
+    written into later in the forward, by an in-place activation, counts as it was left.
     """
 
     def __init__(self) -> None:

@@ -28,10 +28,11 @@ class SFRWrapper(nn.Module):
     under ``torch.no_grad()`` nothing is recorded.
 
     Stages not named in the configuration are discovered: from `example_input` if given, else in the first training
-    forward, at no extra cost.
+    forward, at no extra cost. Under ``torch.compile`` that forward runs eagerly; with ``fullgraph=True`` it cannot.
 
     Args:
-        model: any ``nn.Module``; wrap it before DDP, FSDP or ``accelerator.prepare``.
+        model: any ``nn.Module``; wrap it before DDP, FSDP or ``accelerator.prepare``, before or after
+            ``torch.compile``.
         config: the switches; default ``SFRConfig()``.
         example_input: arguments for one forward in evaluation mode without gradient: a tensor, a tuple of
             positional or a dict of keyword arguments.
