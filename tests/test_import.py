@@ -1,4 +1,4 @@
-"""``import sfr`` loads torch and numpy; POT and PyTorch's compiler wait until used, and no need of examples is loaded."""
+"""``import sfr`` loads torch and numpy; POT and the compiler wait until used; what examples need is not loaded."""
 
 import subprocess
 import sys

@@ -34,11 +34,14 @@ def accelerated(model: nn.Module, optimizer: torch.optim.Optimizer, kind: str):
 
 
 def sharded(model: nn.Module):
-    """Return the model sharded by FSDP2, an optimizer of the shards, the plain backward, and no context."""
+    """Return the model sharded by FSDP2, block by block, an optimizer of the shards, plain backward, no context."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in [*model.children(), model]:
+        if any(True for _ in block.parameters()):
+            fully_shard(block, mesh=mesh)
     return model, torch.optim.SGD(model.parameters(), lr=0.2), torch.Tensor.backward, nullcontext
 
 
