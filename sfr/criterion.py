@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfr.compiling import eager
 from sfr.config import Layout, SFRConfig
 from sfr.labels import DynamicLabelSmoothing, checked_target
 from sfr.losses import emd_l2
@@ -55,7 +56,8 @@ class SFRLoss(nn.Module):
     In ``criterion.eval()``, under ``torch.no_grad()`` and inside ``model.disable()`` it is the plain cross-entropy,
     for a validation loss that compares with other methods.
 
-    A sample whose features are not finite has a feature term of zero, with one warning; training goes on.
+    A sample whose features are not finite has a feature term of zero, with one warning; training goes on. Under
+    ``torch.compile`` the criterion runs eagerly, as a whole.
 
     Args:
         model: the :class:`sfr.SFRWrapper`, also inside DDP or ``torch.compile``.
@@ -106,6 +108,7 @@ class SFRLoss(nn.Module):
         warmup = self.config.warmup
         return self.config.weight * (min(1.0, self.step / warmup) if warmup else 1.0)
 
+    @eager
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the loss of one batch as a 0-d tensor.
 
@@ -216,7 +219,7 @@ def _wrapper_in(model: object) -> SFRWrapper:
     """Return the SFRWrapper that `model` is, or that DDP, FSDP or torch.compile hold."""
     inner: Any = model
     while inner is not None and not isinstance(inner, SFRWrapper):
-        inner = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
+        inner = getattr(inner, "module", getattr(inner, "_orig_mod", None))
     if inner is None:
         raise TypeError(f"SFRLoss needs an SFRWrapper: model = sfr.SFRWrapper(model); got {type(model).__name__}")
     return inner

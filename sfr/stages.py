@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
@@ -79,6 +80,7 @@ class StageFinder:
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> StageFinder:
+        self._gradient = torch.is_grad_enabled()
         for name, module in self._model.named_modules():
             if name:
                 self._handles.append(module.register_forward_hook(self._hook(name)))
@@ -91,7 +93,9 @@ class StageFinder:
 
     def _hook(self, name: str) -> Any:
         def see(module: nn.Module, _: Any, output: Any) -> None:
-            self._sightings.append(_Sighting(name, module, output))
+            # Without the gradient of the rest, inside reentrant checkpointing, an output is no use as a feature.
+            if torch.is_grad_enabled() == self._gradient:
+                self._sightings.append(_Sighting(name, module, output))
 
         return see
 

@@ -26,11 +26,13 @@ class Recorder:
     """The features of the last training forward of one model.
 
     Between :meth:`begin` and :meth:`end` the taps record, each once; outside they do nothing, so that evaluation,
-    a sub-module called on its own, and the recomputation of gradient checkpointing leave no trace.
+    a sub-module called on its own, and the recomputation of gradient checkpointing leave no trace. An output that is
+    written into later in the forward, by an in-place activation, counts as it was left.
     """
 
     def __init__(self) -> None:
         self.features: dict[str, Tensor] = {}
+        self.unused: dict[str, Tensor] = {}
         self._recording = False
         self._handles: list[RemovableHandle] = []
         self._names: tuple[str, ...] = ()
@@ -48,8 +50,8 @@ class Recorder:
         self.abort()
 
     def begin(self) -> None:
-        """Start to record a new forward; features nobody used are dropped."""
-        self.features = {}
+        """Start to record a new forward; features nobody used are set aside until the next ones are used."""
+        self.unused, self.features = self.features, {}
         self._recording = True
 
     def record(self, name: str, output: Any) -> None:
@@ -69,7 +71,8 @@ class Recorder:
         if not torch.is_grad_enabled():
             raise RuntimeError(
                 f"stage {name!r} ran without gradient inside a training forward. With gradient checkpointing pass "
-                "use_reentrant=False; a part of the model under torch.no_grad() cannot be a stage."
+                "use_reentrant=False, or tap the modules around the checkpointed one with stages=[...]; a part of the "
+                "model under torch.no_grad() cannot be a stage."
             )
         self.features[name] = tensor_of(name, output)
 
@@ -84,18 +87,25 @@ class Recorder:
         if silent:
             self.features = {}
             raise RuntimeError(
-                f"stage(s) {silent} did not fire in this forward: the module was skipped, replaced after wrapping, or "
-                "its parent calls .forward() directly. Leave it out of stages=[...], or wrap after the change."
+                f"stage(s) {silent} did not fire in this forward: the module was skipped, replaced after wrapping, its "
+                "parent calls its parts or .forward() itself, or it was compiled and run before it was wrapped. Leave "
+                "it out of stages=[...], wrap after the change, or call torch.compiler.reset() after wrapping."
             )
 
     def abort(self) -> None:
-        """Stop recording and forget the features of this forward."""
+        """Stop recording and forget all features."""
         self._recording = False
-        self.features = {}
+        self.features, self.unused = {}, {}
+
+    def take(self, logits: Tensor) -> dict[str, Tensor] | None:
+        """Hand over the features and forget them; None if the logits come from another forward, even in part."""
+        features, unused = self.features, self.unused
+        self.features, self.unused = {}, {}
+        return features if computed_from(logits, features, unused) else None
 
     def __getstate__(self) -> dict[str, Any]:
         # Features belong to one autograd graph: they can neither be copied nor pickled, and a copy has no use for them.
-        return self.__dict__ | {"features": {}, "_recording": False}
+        return self.__dict__ | {"features": {}, "unused": {}, "_recording": False}
 
 
 def tensor_of(name: str, output: Any) -> Tensor:
@@ -117,20 +127,28 @@ def tensor_of(name: str, output: Any) -> Tensor:
     )
 
 
-def same_forward(logits: Tensor, features: Mapping[str, Tensor]) -> bool:
-    """Whether the logits were computed from one of the features: a walk back through the autograd graph.
+def computed_from(logits: Tensor, features: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Whether the logits were computed from one of the features and from none of the others.
 
-    Features without a graph (of frozen layers) cannot tell; if none has one the answer is True.
+    It is a walk back through the autograd graph that ends at the features. Those without a graph (of frozen layers)
+    cannot tell; if none has one the answer is True.
     """
-    targets = {feature.grad_fn for feature in features.values() if feature.grad_fn is not None}
-    if not targets:
+    own, foreign = _graph_nodes(features), _graph_nodes(others)
+    if not own:
         return True
+    found = False
     waiting, visited = deque([logits.grad_fn]), set()
-    while waiting:
+    while waiting and not (found and not foreign):
         node = waiting.popleft()
-        if node in targets:
-            return True
-        if node is not None and node not in visited:
+        if node in foreign:
+            return False
+        if node in own:
+            found = True
+        elif node is not None and node not in visited:
             visited.add(node)
             waiting.extend(parent for parent, _ in node.next_functions)
-    return False
+    return found
+
+
+def _graph_nodes(features: Mapping[str, Tensor]) -> set[Any]:
+    return {feature.grad_fn for feature in features.values() if feature.grad_fn is not None}

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sfr.compiling import eager
 from sfr.config import SFRConfig
 from sfr.stages import StageFinder, find_stages
-from sfr.taps import Recorder, Tap, same_forward
+from sfr.taps import Recorder, Tap
 
 if TYPE_CHECKING:
     from sfr.report import Report
@@ -27,10 +28,11 @@ class SFRWrapper(nn.Module):
     under ``torch.no_grad()`` nothing is recorded.
 
     Stages not named in the configuration are discovered: from `example_input` if given, else in the first training
-    forward, at no extra cost.
+    forward, at no extra cost. Under ``torch.compile`` that forward runs eagerly; with ``fullgraph=True`` it cannot.
 
     Args:
-        model: any ``nn.Module``; wrap it before DDP, FSDP or ``accelerator.prepare``.
+        model: any ``nn.Module``; wrap it before DDP, FSDP or ``accelerator.prepare``, before or after
+            ``torch.compile``.
         config: the switches; default ``SFRConfig()``.
         example_input: arguments for one forward in evaluation mode without gradient: a tensor, a tuple of
             positional or a dict of keyword arguments.
@@ -106,7 +108,8 @@ class SFRWrapper(nn.Module):
             self._recorder.abort()
             return self._model(*args, **kwargs)
         if self._stage_names is None:
-            return self._discovering_forward(*args, **kwargs)
+            # PyTorch's error shows the next line, with its hint, if torch.compile must not leave the graph.
+            return self._discovering_forward(*args, **kwargs)  # with fullgraph=True pass example_input= or stages=
         self._recorder.begin()
         try:
             output = self._model(*args, **kwargs)
@@ -123,19 +126,19 @@ class SFRWrapper(nn.Module):
             logits: the output that the features must belong to.
 
         Raises:
-            RuntimeError: if there are none, or they belong to another forward than the logits.
+            RuntimeError: if there are none, or the logits come from another forward, even in part.
         """
-        features, self._recorder.features = self._recorder.features, {}
-        if not features:
+        if not self._recorder.features:
             raise RuntimeError(
                 "no features are recorded. The criterion needs a forward of the wrapped model (not of the plain or "
                 "unwrapped one) in training mode and with gradient just before it, and uses its features once. For a "
                 "validation loss call criterion.eval(), or compute it under torch.no_grad()."
             )
-        if not same_forward(logits, features):
+        features = self._recorder.take(logits)
+        if features is None:
             raise RuntimeError(
-                "the logits do not come from the last training forward of the wrapped model, whose features are "
-                "recorded; call the criterion right after each forward, with its output"
+                "the logits do not come from the last training forward of the wrapped model alone, whose features are "
+                "recorded; call the criterion right after each forward, with its output, and add the losses"
             )
         return features
 
@@ -169,9 +172,8 @@ class SFRWrapper(nn.Module):
         self._recorder.attach(stages)
         self._stage_names = tuple(stages)
 
+    @eager
     def _discovering_forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            raise RuntimeError("stages cannot be discovered inside torch.compile; pass example_input= or stages=")
         with StageFinder(self._model) as finder:
             output = self._model(*args, **kwargs)
         found = finder.found()
@@ -184,7 +186,7 @@ class SFRWrapper(nn.Module):
         modes = [(module, module.training) for module in self._model.modules()]
         try:
             self._model.eval()
-            with StageFinder(self._model) as finder, torch.no_grad():
+            with torch.no_grad(), StageFinder(self._model) as finder:
                 self._model(*args, **kwargs)
         finally:
             for module, mode in modes:

@@ -8,7 +8,6 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
 import sfr
@@ -304,34 +303,4 @@ def test_a_stage_that_does_not_fire_is_an_error_that_names_it(net, batch):
     model = sfr.SFRWrapper(net, stages=["1", "3", "5"])
     setattr(model, "3", nn.ReLU())
     with pytest.raises(RuntimeError, match=r"\['3'\] did not fire"):
-        model(batch[0])
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, reentrant):
-        super().__init__()
-        self.reentrant = reentrant
-        self.stem, self.body = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3, 2)
-
-    def forward(self, x):
-        return checkpoint(self.body, self.stem(x), use_reentrant=self.reentrant).mean((2, 3))
-
-
-def test_gradient_checkpointing_records_each_stage_once(batch):
-    plain = Checkpointed(reentrant=False)
-    model = sfr.SFRWrapper(plain, stages=["stem", "body"], detach_deep=False)
-    criterion = sfr.SFRLoss(model)
-    criterion(model(batch[0]), batch[1] % 8).backward()
-    gradients = [parameter.grad.clone() for parameter in model.parameters()]
-    assert not features_of(model)
-    model.zero_grad()
-    plain.forward = lambda x: plain.body(plain.stem(x)).mean((2, 3))
-    sfr.SFRLoss(model)(model(batch[0]), batch[1] % 8).backward()
-    for expected, parameter in zip(gradients, model.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, expected)
-
-
-def test_reentrant_checkpointing_is_an_error_that_says_what_to_do(batch):
-    model = sfr.SFRWrapper(Checkpointed(reentrant=True), stages=["stem", "body"])
-    with pytest.raises(RuntimeError, match=r"stage 'body' ran without gradient.*use_reentrant=False"):
         model(batch[0])

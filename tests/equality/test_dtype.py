@@ -1,26 +1,40 @@
-"""float32 is close to bfloat16 autocast: loss terms and the direction of the gradient."""
+"""float32 ~ float64 ~ bfloat16, by autocast and throughout: loss, feature term and gradient."""
 
+import pytest
 import torch
 
 import sfr
 
 
-def run(make_net, batch, enabled):
-    torch.manual_seed(0)
-    model = sfr.SFRWrapper(make_net(), weight=1.0)
+def run(net, images, labels, autocast=False):
+    model = sfr.SFRWrapper(net, weight=1.0)
     criterion = sfr.SFRLoss(model)
-    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-        loss = criterion(model(batch[0]), batch[1])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = criterion(model(images), labels)
     loss.backward()
     gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-    return loss.detach(), criterion.last.feature, gradient
+    return [loss.detach(), criterion.last.feature], gradient
 
 
-def test_bfloat16_autocast_is_close_to_float32(make_net, batch):
-    loss, feature, gradient = run(make_net, batch, enabled=False)
-    loss16, feature16, gradient16 = run(make_net, batch, enabled=True)
-    assert loss16.dtype == feature16.dtype == torch.float32
-    torch.testing.assert_close(loss16, loss, rtol=0.01, atol=0)
-    torch.testing.assert_close(feature16, feature, rtol=0.02, atol=0)
-    assert torch.cosine_similarity(gradient, gradient16, dim=0) > 0.999
-    assert not torch.equal(feature16, feature)  # autocast was really on
+@pytest.fixture
+def expected(make_net, batch):
+    return run(make_net(), *batch)
+
+
+def test_float64_equals_float32(make_net, batch, assert_equal, expected):
+    terms, gradient = run(make_net().double(), batch[0].double(), batch[1])
+    assert {value.dtype for value in (*terms, gradient)} == {torch.float64}
+    assert_equal([*terms, gradient], [value.double() for value in (*expected[0], expected[1])], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["autocast", "throughout"])
+def test_bfloat16_is_close_to_float32(make_net, batch, assert_equal, expected, way):
+    images, labels = batch
+    if way == "autocast":
+        terms, gradient = run(make_net(), images, labels, autocast=True)
+        assert {value.dtype for value in terms} == {torch.float32}
+    else:
+        terms, gradient = run(make_net().bfloat16(), images.bfloat16(), labels)
+    assert not torch.equal(terms[1].float(), expected[0][1])  # it was really another type
+    assert_equal([term.float() for term in terms], expected[0], rtol=0.02)
+    assert torch.cosine_similarity(gradient.float(), expected[1], dim=0) > 0.999
