@@ -35,7 +35,6 @@ if __name__ == "__main__":
     convolutions = (nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU())
     net = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
     trainer = lightning.Trainer(max_epochs=3, default_root_dir="runs/lightning", logger=False)
-    classifier = Classifier(net)
-    trainer.fit(classifier, DataLoader(train, 64, shuffle=True), DataLoader(test, 256))
+    trainer.fit(classifier := Classifier(net), DataLoader(train, 64, shuffle=True), DataLoader(test, 256))
     print(trainer.callback_metrics, classifier.criterion.last)
     torch.save(net.state_dict(), "runs/lightning/model.pt")  # the plain model's

@@ -15,7 +15,7 @@ torch.manual_seed(0)
 images, labels = load_digits(return_X_y=True)
 pixels = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
 digits = TensorDataset(pixels, torch.tensor(labels))
-sampler = DistributedSampler(digits)
+sampler: DistributedSampler[object] = DistributedSampler(digits)
 loader = DataLoader(digits, batch_size=64 // dist.get_world_size(), sampler=sampler)
 
 convolutions = (nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU())
