@@ -1,4 +1,6 @@
-"""Hugging Face's Trainer: a small ResNet on scikit-learn's digits; torchrun works too; --resume continues a run."""
+"""Hugging Face's Trainer: a small ResNet on scikit-learn's digits; --resume goes on from the last checkpoint.
+
+Two processes on the CPU: `ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/hf_trainer.py`."""
 
 import sys
 from typing import Any
