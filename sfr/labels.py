@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from sfr.config import DEFAULT_ALPHA, IGNORE_INDEX, Smoothing, Update, check_choice, check_number
 
-# Above this many classes a step exchanges and updates only the rows of S whose class was seen. Which these are, the
-# host has to wait for; below it the whole of S (16 MiB at most) is the faster message.
+# Above so many classes a step exchanges and updates only the rows of S whose class was seen. The host of an accelerator
+# has to wait to know which, and is spared that as long as the whole of S is a small message (16 MiB).
 ALL_ROWS_UP_TO = 2048
+ALL_ROWS_ON_CPU_UP_TO = 128
 
 
 def smooth_labels(target: Tensor, distributions: Tensor, alpha: float) -> Tensor:
@@ -73,8 +74,8 @@ class DynamicLabelSmoothing(nn.Module):
         update: "running" or "epoch".
         ignore_index: class index that marks a label to be left out, as in ``F.cross_entropy``; where all are, the loss
             is NaN, as there.
-        sync: sum the statistics over the ranks of ``torch.distributed``: K x (K + 1) numbers a step; where K > 2048,
-            K numbers and K + 1 for each class seen in the step.
+        sync: sum the statistics over the ranks of ``torch.distributed``: K x (K + 1) numbers a step; of more than 2048
+            classes (128 on the CPU) K numbers, and K + 1 for each class seen in the step.
 
     Example:
         >>> criterion = DynamicLabelSmoothing(mode="uniform", alpha=0.1)
@@ -213,7 +214,7 @@ class DynamicLabelSmoothing(nn.Module):
     def _classes_seen(self, label: Tensor) -> Tensor:
         """Return the classes whose statistics this step may move, the same on all ranks."""
         number = len(self.distributions)
-        if number <= ALL_ROWS_UP_TO:
+        if number <= (ALL_ROWS_ON_CPU_UP_TO if label.device.type == "cpu" else ALL_ROWS_UP_TO):
             return torch.arange(number, device=label.device)
         seen = torch.bincount(label + 1, minlength=number + 1)[1:]
         self._sum_over_ranks(seen)

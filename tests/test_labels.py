@@ -730,8 +730,8 @@ def test_logits_with_the_classes_last_are_refused_with_the_way_out() -> None:
 @pytest.mark.parametrize("kind", ["hard", "soft", "segmentation"])
 def test_rows_seen_give_the_statistics_of_all_rows(monkeypatch: Any, update: Any, kind: str) -> None:
     runs = {}
-    for limit in (0, 2048):
-        monkeypatch.setattr("sfr.labels.ALL_ROWS_UP_TO", limit)
+    for limit in (0, 128):
+        monkeypatch.setattr("sfr.labels.ALL_ROWS_ON_CPU_UP_TO", limit)
         criterion = DynamicLabelSmoothing(update=update, momentum=0.3, ignore_index=IGNORED)
         for step in range(6):
             logits, target = maps(step) if kind == "segmentation" else batch(3, step)
@@ -739,8 +739,8 @@ def test_rows_seen_give_the_statistics_of_all_rows(monkeypatch: Any, update: Any
         if update == "epoch":
             criterion.end_epoch()
         runs[limit] = criterion
-    torch.testing.assert_close(runs[0].distributions, runs[2048].distributions)
-    torch.testing.assert_close(runs[0].counts, runs[2048].counts)
+    torch.testing.assert_close(runs[0].distributions, runs[128].distributions)
+    torch.testing.assert_close(runs[0].counts, runs[128].counts)
     assert not torch.equal(runs[0].distributions, torch.full((CLASSES, CLASSES), 1 / CLASSES))
 
 
@@ -751,8 +751,8 @@ def of_one_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store, patience = f"file://{folder}/store", timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
-    for limit in (0, 2048):
-        sfr.labels.ALL_ROWS_UP_TO = limit
+    for limit in (0, 128):
+        sfr.labels.ALL_ROWS_ON_CPU_UP_TO = limit
         criterion = DynamicLabelSmoothing(momentum=0.3)
         for step in range(4):
             logits, target = batch(8, step)
@@ -767,7 +767,7 @@ def test_statistics_of_uneven_shares_on_two_ranks_are_those_of_one(tmp_path: Pat
     criterion = DynamicLabelSmoothing(momentum=0.3)
     for step in range(4):
         criterion(*batch(8, step))
-    for limit in (0, 2048):
+    for limit in (0, 128):
         for rank in range(2):
             found = torch.load(tmp_path / f"{limit}-{rank}", weights_only=True)
             torch.testing.assert_close(found, criterion.distributions)
