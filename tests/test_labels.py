@@ -745,11 +745,18 @@ def test_rows_seen_give_the_statistics_of_all_rows(monkeypatch: Any, update: Any
 
 
 def of_one_rank(rank: int, folder: str) -> None:
-    """Train on an uneven share of the batches, over all rows and then over the rows seen."""
+    """Train on an uneven share of the batches, with the rows seen and then with all rows; note what is exchanged."""
     import sfr.labels
 
     torch.set_num_threads(1)
     store, patience = f"file://{folder}/store", timedelta(seconds=60)
+    all_reduce, sizes = dist.all_reduce, []
+
+    def noted(values: Tensor) -> None:
+        sizes.append(values.numel())
+        all_reduce(values)
+
+    dist.all_reduce = noted
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
     for limit in (0, 128):
         sfr.labels.ALL_ROWS_ON_CPU_UP_TO = limit
@@ -758,19 +765,26 @@ def of_one_rank(rank: int, folder: str) -> None:
             logits, target = batch(8, step)
             share = slice(5) if rank == 0 else slice(5, 8)
             criterion(logits[share], target[share])
-        torch.save(criterion.distributions, f"{folder}/{limit}-{rank}")
+        torch.save((criterion.distributions, sizes), f"{folder}/{limit}-{rank}")
+        sizes.clear()
     dist.destroy_process_group()
 
 
-def test_statistics_of_uneven_shares_on_two_ranks_are_those_of_one(tmp_path: Path) -> None:
+def test_two_ranks_with_uneven_shares_get_the_statistics_of_one_by_few_numbers(tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(of_one_rank, (str(tmp_path),), nprocs=2, start_method="fork")
     criterion = DynamicLabelSmoothing(momentum=0.3)
+    of_rows_seen, of_all_rows = [], []
     for step in range(4):
-        criterion(*batch(8, step))
-    for limit in (0, 128):
+        logits, target = batch(8, step)
+        criterion(logits, target)
+        seen = {label for label, _ in correct_samples(logits, target)}
+        of_rows_seen += [CLASSES, len(seen) * (CLASSES + 1)]
+        of_all_rows += [CLASSES * (CLASSES + 1)]
+    for limit, expected in ((0, of_rows_seen), (128, of_all_rows)):
         for rank in range(2):
-            found = torch.load(tmp_path / f"{limit}-{rank}", weights_only=True)
-            torch.testing.assert_close(found, criterion.distributions)
+            distributions, sizes = torch.load(tmp_path / f"{limit}-{rank}", weights_only=True)
+            torch.testing.assert_close(distributions, criterion.distributions)
+            assert sizes == expected
 
 
 def test_running_means_hold_no_sums_of_an_epoch() -> None:
