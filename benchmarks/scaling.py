@@ -57,7 +57,7 @@ def main() -> None:
         ],
     }
     runs = [run_ranks(ranks, args.repeats) for ranks in RANKS]
-    parts["messages of a step and rank"] = [row for run in runs for row in run["messages"]]
+    parts["messages of a step"] = [merged(rows) for rows in zip(*(run["messages"] for run in runs), strict=True)]
     parts["step by ranks"] = [run["time"] for run in runs]
     record = {"environment": environment(CPU), "repeats": args.repeats, **parts}
     args.output.write_text(json.dumps(record, indent=1) + "\n")
@@ -198,11 +198,21 @@ def count_messages(ranks: int, smoothing: str, classes: int = 1000) -> Row:
     return {
         "label term": smoothing,
         "classes": classes,
-        "ranks": ranks,
-        "SFR messages": len(messages.sizes),
-        "SFR bytes": sum(messages.sizes),
         "gradient bytes": sum(parameter.nbytes for parameter in model.parameters()),
+        "messages": len(messages.sizes),
+        f"bytes of {ranks} rank(s)": sum(messages.sizes),
     }
+
+
+def merged(rows: tuple[Row, ...]) -> Row:
+    """Put what different numbers of ranks exchange side by side; what should not differ must not."""
+    row: Row = {}
+    for other in rows:
+        differing = [name for name in row.keys() & other.keys() if row[name] != other[name]]
+        if differing:
+            raise RuntimeError(f"{differing} differ between numbers of ranks: {rows}")
+        row |= other
+    return row
 
 
 def share_of_batch(classes: int) -> tuple[Tensor, Tensor]:
