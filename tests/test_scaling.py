@@ -41,7 +41,7 @@ def test_messages_are_as_large_for_any_number_of_ranks_and_as_the_doc_says():
 def test_launch_line_is_taken_by_the_launcher(line, request):
     if "--fsdp_version" in line and Version(accelerate.__version__) < Version("1.6"):
         request.applymarker(pytest.mark.xfail(raises=SystemExit, strict=True, reason="FSDP2 came with Accelerate 1.6"))
-    program, *words = shlex.split(line.replace("$NODE", "1").replace("$MAIN", "10.0.0.1"))
+    program, *words = shlex.split(line.replace("\\\n", "").replace("$NODE", "1").replace("$MAIN", "10.0.0.1"))
     if program == "accelerate":
         args = launch_command_parser().parse_args(words[1:])
         assert (args.num_machines, args.num_processes, args.machine_rank) == (2, 16, 1)
