@@ -17,6 +17,7 @@ Smoothing: TypeAlias = Literal["class_mean", "uniform", "none"]
 Update: TypeAlias = Literal["running", "epoch"]
 Reduction: TypeAlias = Literal["mean", "none"]
 
+IGNORE_INDEX = -100  # that of F.cross_entropy
 DEFAULT_ALPHA: dict[str, float] = {"class_mean": 0.5, "uniform": 0.1, "none": 0.0}
 
 
@@ -68,6 +69,7 @@ class SFRConfig:
         alpha_steps: length of that move in training steps, >= 1.
         momentum: weight of one sample in the running class means, in (0, 1]. 0.01 averages over about 100 samples.
         update: "running" (class means move at every step) or "epoch" (Zhang et al.; call ``criterion.end_epoch()``).
+        ignore_index: class index that marks a label to be left out of the label term; -100, as ``F.cross_entropy``.
 
     Raises:
         TypeError, ValueError: naming the field, the value got and what is allowed.
@@ -94,6 +96,7 @@ class SFRConfig:
     alpha_steps: int = 1
     momentum: float = 0.01
     update: Update = "running"
+    ignore_index: int = IGNORE_INDEX
 
     def __post_init__(self) -> None:
         check_choice("layout", self.layout, Layout)
@@ -108,6 +111,7 @@ class SFRConfig:
         check_number("max_grid", self.max_grid, 1, whole=True)
         check_number("alpha_steps", self.alpha_steps, 1, whole=True)
         check_number("momentum", self.momentum, 1e-6, 1)
+        check_number("ignore_index", self.ignore_index, -(2**63), 2**63 - 1, whole=True)
         for name in ("alpha", "alpha_end"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0, 1)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfr.compiling import eager
-from sfr.config import Layout, SFRConfig
-from sfr.labels import DynamicLabelSmoothing, checked_target
+from sfr.config import IGNORE_INDEX, Layout, SFRConfig
+from sfr.labels import DynamicLabelSmoothing, checked_target, cross_entropy
 from sfr.losses import emd_l2
 from sfr.nodes import Grid, common_grids, match_channels, spatial_shape, to_nodes
 from sfr.stages import infer_layout, resolve_pairs
@@ -53,6 +53,11 @@ class SFRLoss(nn.Module):
     (steps, label statistics) is in ``state_dict()``, so that a run resumes exactly
     (Accelerate: ``accelerator.register_for_checkpointing(criterion)``).
 
+    Segmentation needs nothing else: logits (B, K, H, W) and labels (B, H, W), of which those that are the
+    configuration's ``ignore_index`` are left out. The feature term, without labels, is of the whole images.
+
+    Several forwards before one backward (crops of different sizes) need one call of the criterion after each.
+
     In ``criterion.eval()``, under ``torch.no_grad()`` and inside ``model.disable()`` it is the plain cross-entropy,
     for a validation loss that compares with other methods.
 
@@ -91,6 +96,7 @@ class SFRLoss(nn.Module):
             alpha_steps=config.alpha_steps,
             momentum=config.momentum,
             update=config.update,
+            ignore_index=config.ignore_index,
         )
         self.step = 0
         self.last: LossParts | None = None
@@ -109,19 +115,34 @@ class SFRLoss(nn.Module):
         return self.config.weight * (min(1.0, self.step / warmup) if warmup else 1.0)
 
     @eager
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+    def forward(
+        self, output: Tensor | Mapping[str, Any], target: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """Return the loss of one batch as a 0-d tensor.
 
         Args:
-            logits: output of the wrapped model for this batch, shape (B, K).
-            target: class indices, shape (B,), or soft targets, shape (B, K).
+            output: output of the wrapped model for this batch: logits of shape (B, K), or (B, K, ...) with one
+                prediction at each position, or a mapping that holds them as "logits" or "out" (Hugging Face's
+                ``ModelOutput``, torchvision's segmentation models).
+            target: class indices, shape (B,) or (B, ...), or soft targets of the shape of the logits.
+            num_items_in_batch: labels in all the batches that one optimizer step accumulates; the loss is then this
+                batch's share of their mean. Hugging Face's ``Trainer(compute_loss_func=criterion)`` passes it.
 
         Raises:
             RuntimeError: if the features recorded are not those of the forward that gave the logits.
-            TypeError, ValueError: for logits or targets of the wrong kind, shape or range.
+            TypeError, ValueError: for an output or target of the wrong kind, shape or range.
         """
+        logits = logits_of(output)
+        loss = self._loss(logits, target)
+        if num_items_in_batch is None:
+            return loss
+        # The Trainer counts the labels that are not -100, whatever is ignored here: only so the shares sum to one.
+        return loss * ((target != IGNORE_INDEX).sum() / num_items_in_batch)
+
+    def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
         if not self.training or not torch.is_grad_enabled() or self._model.disabled:
-            return F.cross_entropy(logits, checked_target(logits, target))
+            ignore_index = self.config.ignore_index
+            return cross_entropy(logits, checked_target(logits, target, ignore_index), ignore_index)
         features = self._model.take_features(logits)
         label = self.labels(logits, target)
         self.step += 1
@@ -223,3 +244,31 @@ def _wrapper_in(model: object) -> SFRWrapper:
     if inner is None:
         raise TypeError(f"SFRLoss needs an SFRWrapper: model = sfr.SFRWrapper(model); got {type(model).__name__}")
     return inner
+
+
+def logits_of(output: object) -> Tensor:
+    """Return the logits in a model's output: the tensor itself, or that under "logits" or "out" of a mapping.
+
+    Raises:
+        TypeError: if there is none, saying what to pass.
+        ValueError: if there are auxiliary ones, which would get no loss.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if not isinstance(output, Mapping):
+        raise TypeError(
+            "output must be a tensor of logits, or a mapping that holds them as 'logits' or 'out'; got "
+            f"{type(output).__name__}. Pass the logits in it, as in criterion(output[0], target), and add the losses "
+            "of any auxiliary outputs."
+        )
+    found = [name for name in ("logits", "out") if isinstance(output.get(name), Tensor)]
+    if len(found) != 1:
+        raise TypeError(f"output must hold logits as one of 'logits' and 'out'; got the keys {list(output)}")
+    (name,) = found
+    if "aux" in output:
+        raise ValueError(
+            f"output holds auxiliary logits, which would get no loss; use criterion(output[{name!r}], target) "
+            "+ 0.5 * F.cross_entropy(output['aux'], target)"
+        )
+    logits: Tensor = output[name]
+    return logits

@@ -9,20 +9,25 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfr.config import DEFAULT_ALPHA, Smoothing, Update, check_choice, check_number
+from sfr.config import DEFAULT_ALPHA, IGNORE_INDEX, Smoothing, Update, check_choice, check_number
+
+# Above so many classes a step exchanges and updates only the rows of S whose class was seen. The host of an accelerator
+# has to wait to know which, and is spared that as long as the whole of S is a small message (16 MiB).
+ALL_ROWS_UP_TO = 2048
+ALL_ROWS_ON_CPU_UP_TO = 128
 
 
 def smooth_labels(target: Tensor, distributions: Tensor, alpha: float) -> Tensor:
     """Return the smoothed target distributions ``(1 - alpha) * onehot(y) + alpha * S[y]``.
 
     Args:
-        target: class indices, shape (B,), or soft targets, shape (B, K); soft targets take the one-hot's place and
+        target: class indices, shape (N,), or soft targets, shape (N, K); soft targets take the one-hot's place and
             mix the rows of S in the same proportions.
         distributions: S, one distribution per class, shape (K, K).
         alpha: share of S in the target, in [0, 1].
 
     Returns:
-        Distributions of shape (B, K), in the dtype of `distributions`.
+        Distributions of shape (N, K), in the dtype of `distributions`.
 
     Reference:
         Zhang et al., Delving Deep into Label Smoothing, arXiv 2011.12562, with ``1 - alpha`` where they write alpha.
@@ -34,8 +39,9 @@ def smooth_labels(target: Tensor, distributions: Tensor, alpha: float) -> Tensor
     if target.is_floating_point():
         soft = target.to(distributions.dtype)
         return (1 - alpha) * soft + alpha * (soft @ distributions)
-    onehot = F.one_hot(target, len(distributions)).to(distributions.dtype)
-    return (1 - alpha) * onehot + alpha * distributions[target]
+    smoothed = alpha * distributions[target]
+    smoothed[torch.arange(len(target), device=target.device), target] += 1 - alpha
+    return smoothed
 
 
 class DynamicLabelSmoothing(nn.Module):
@@ -49,6 +55,14 @@ class DynamicLabelSmoothing(nn.Module):
     exponential mean over samples (our reading); "epoch" collects over an epoch and replaces S in :meth:`end_epoch`
     (Zhang et al.), where a class without a correct sample keeps its row.
 
+    Where every image has many labels (segmentation), L is the mean over all labelled positions, and an image is one
+    sample of each class y of which it has correct positions, with its mean softmax over them (our reading):
+
+    .. math:: \bar p_{i,y} = \frac{1}{|C_{i,y}|} \sum_{u \in C_{i,y}} p_{i,u}, \qquad
+              C_{i,y} = \{u : y_{i,u} = y = \arg\max_k p_{i,u,k}\}
+
+    so that `momentum` means the same as in classification, and a large object no more than a small one.
+
     In evaluation mode the loss is the plain cross-entropy and nothing is updated.
 
     Args:
@@ -58,7 +72,10 @@ class DynamicLabelSmoothing(nn.Module):
         alpha_steps: length of that move, >= 1.
         momentum: weight of one sample in the running mean, in (0, 1].
         update: "running" or "epoch".
-        sync: sum the statistics over the ranks of ``torch.distributed`` (K x (K + 1) numbers a step).
+        ignore_index: class index that marks a label to be left out, as in ``F.cross_entropy``; where all are, the loss
+            is NaN, as there.
+        sync: sum the statistics over the ranks of ``torch.distributed``: K x (K + 1) numbers a step; of more than 2048
+            classes (128 on the CPU) K numbers, and K + 1 for each class seen in the step.
 
     Example:
         >>> criterion = DynamicLabelSmoothing(mode="uniform", alpha=0.1)
@@ -79,6 +96,7 @@ class DynamicLabelSmoothing(nn.Module):
         alpha_steps: int = 1,
         momentum: float = 0.01,
         update: Update = "running",
+        ignore_index: int = IGNORE_INDEX,
         sync: bool = True,
     ) -> None:
         super().__init__()
@@ -90,11 +108,13 @@ class DynamicLabelSmoothing(nn.Module):
         check_number("alpha_end", alpha_end, 0, 1)
         check_number("alpha_steps", alpha_steps, 1, whole=True)
         check_number("momentum", momentum, 1e-6, 1)
-        self.mode, self.update, self.sync = mode, update, sync
+        check_number("ignore_index", ignore_index, -(2**63), 2**63 - 1, whole=True)
+        self.mode, self.update, self.ignore_index, self.sync = mode, update, ignore_index, sync
         self.alpha, self.alpha_end, self.alpha_steps = alpha, alpha_end, alpha_steps
         self.momentum = momentum
         self.step = 0
-        # (K, K), (K, K) and (K,) once K is known: from the first logits or a state dict, whichever comes first.
+        # (K, K), (K, K) and (K,) once K is known: from the first logits or a state dict, whichever comes first. The
+        # sums are those of an epoch; "running" has none.
         self.distributions, self.sums = torch.empty(0, 0), torch.empty(0, 0)
         self.counts = torch.empty(0)
 
@@ -103,24 +123,39 @@ class DynamicLabelSmoothing(nn.Module):
         return self.alpha + (self.alpha_end - self.alpha) * min(1.0, self.step / self.alpha_steps)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of logits (B, K) against class indices (B,) or soft targets (B, K), as a 0-d tensor.
+        """Return the loss of one batch as a 0-d tensor.
+
+        Args:
+            logits: shape (B, K), or (B, K, ...) with one prediction at each position.
+            target: class indices, shape (B,) or (B, ...), or soft targets of the shape of the logits.
 
         Raises:
             TypeError, ValueError: for logits or a target of the wrong kind or shape, and, on the CPU, for a class
                 index out of range (reading the indices of another device would make the host wait).
         """
-        target = checked_target(logits, target)
+        target = checked_target(logits, target, self.ignore_index)
         if not self.training or self.mode == "none" or self.alpha == self.alpha_end == 0:
-            return F.cross_entropy(logits, target)
+            return cross_entropy(logits, target, self.ignore_index)
         alpha = self.current_alpha()
         self.step += 1
         if self.mode != "class_mean":
-            return F.cross_entropy(logits, target, label_smoothing=alpha)
+            return cross_entropy(logits, target, self.ignore_index, alpha)
         log_probabilities = F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
         self._prepare(log_probabilities)
-        smoothed = smooth_labels(target, self.distributions, alpha)
-        self._observe(log_probabilities.detach().exp(), target)
-        return -(smoothed * log_probabilities).sum(dim=1).mean()
+        # One row for each position: (N, K).
+        rows = log_probabilities.movedim(1, -1).flatten(0, -2)
+        labels = target.movedim(1, -1).flatten(0, -2) if target.is_floating_point() else target.flatten()
+        loss = self._smoothed_cross_entropy(rows, labels, alpha)
+        self._observe(rows.detach(), labels, images=len(logits))
+        return loss
+
+    def _smoothed_cross_entropy(self, log_probabilities: Tensor, target: Tensor, alpha: float) -> Tensor:
+        if target.is_floating_point():
+            return -(smooth_labels(target, self.distributions, alpha) * log_probabilities).sum(dim=1).mean()
+        kept = target != self.ignore_index
+        smoothed = smooth_labels(target.where(kept, 0), self.distributions, alpha)
+        losses = -(smoothed * log_probabilities).sum(dim=1)
+        return losses.where(kept, 0.0).sum() / kept.sum()
 
     @torch.no_grad()
     def end_epoch(self) -> None:
@@ -141,8 +176,9 @@ class DynamicLabelSmoothing(nn.Module):
         classes = like.shape[1]
         if not len(self.distributions):
             self.distributions = like.new_full((classes, classes), 1.0 / classes)
-            self.sums = like.new_zeros(classes, classes)
             self.counts = like.new_zeros(classes)
+            if self.update == "epoch":
+                self.sums = like.new_zeros(classes, classes)
         elif len(self.distributions) != classes:
             raise ValueError(
                 f"the label statistics are of {len(self.distributions)} classes; the logits have {classes}"
@@ -153,30 +189,45 @@ class DynamicLabelSmoothing(nn.Module):
             )
 
     @torch.no_grad()
-    def _observe(self, probabilities: Tensor, target: Tensor) -> None:
+    def _observe(self, log_probabilities: Tensor, target: Tensor, images: int) -> None:
         """Add the correctly classified samples of all ranks to the class statistics."""
-        label = target.argmax(dim=1) if target.is_floating_point() else target
-        # A sample whose prediction is not finite is not correct, and must not reach the sums even times zero.
-        correct = (probabilities.argmax(dim=1) == label) & probabilities.isfinite().all(dim=1)
-        probabilities = torch.where(correct[:, None], probabilities, 0.0)
-        members = F.one_hot(label, probabilities.shape[1]).to(probabilities.dtype) * correct[:, None]
-        batch = torch.cat([members.T @ probabilities, members.sum(dim=0)[:, None]], dim=1)
-        if self.sync and dist.is_available() and dist.is_initialized():
-            dist.all_reduce(batch)
+        label = target.argmax(dim=1) if target.is_floating_point() else target.where(target != self.ignore_index, -1)
+        largest, predicted = log_probabilities.max(dim=1)
+        # NaN is the largest of a row that holds one: a prediction that is not finite is not correct.
+        label = label.where((predicted == label) & ~largest.isnan(), -1)
+        classes = self._classes_seen(label)
+        sums, counts = _class_sums(log_probabilities, label, classes, images)
+        batch = torch.cat([sums, counts[:, None]], dim=1)
+        self._sum_over_ranks(batch)
         sums, counts = batch[:, :-1], batch[:, -1]
-        self.counts = self.counts + counts
+        total = self.counts.index_select(0, classes) + counts
+        self.counts.index_copy_(0, classes, total)
         if self.update == "epoch":
-            self.sums = self.sums + sums
+            self.sums.index_add_(0, classes, sums)
         else:
             # A plain mean of the first 1/momentum samples of a class, an exponential one from there on.
-            share = torch.maximum(1 - (1 - self.momentum) ** counts, counts / self.counts.clamp_min(1))
+            share = torch.maximum(1 - (1 - self.momentum) ** counts, counts / total.clamp_min(1))
             means = sums / counts.clamp_min(1)[:, None]
-            self.distributions = self.distributions.lerp(means, share[:, None])
+            moved = self.distributions.index_select(0, classes).lerp(means, share[:, None])
+            self.distributions.index_copy_(0, classes, moved)
+
+    def _classes_seen(self, label: Tensor) -> Tensor:
+        """Return the classes whose statistics this step may move, the same on all ranks."""
+        number = len(self.distributions)
+        if number <= (ALL_ROWS_ON_CPU_UP_TO if label.device.type == "cpu" else ALL_ROWS_UP_TO):
+            return torch.arange(number, device=label.device)
+        seen = torch.bincount(label + 1, minlength=number + 1)[1:]
+        self._sum_over_ranks(seen)
+        return seen.nonzero().squeeze(1)
+
+    def _sum_over_ranks(self, values: Tensor) -> None:
+        if self.sync and dist.is_available() and dist.is_initialized():
+            dist.all_reduce(values)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the step and the statistics; called by ``state_dict``."""
-        names = ("step", "distributions", "sums", "counts")
-        return {name: getattr(self, name) for name in names}
+        """Return the step and a copy of the statistics; called by ``state_dict``."""
+        statistics = {name: getattr(self, name).clone() for name in ("distributions", "sums", "counts")}
+        return {"step": self.step, **statistics}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`get_extra_state` gave; called by ``load_state_dict``."""
@@ -187,21 +238,68 @@ class DynamicLabelSmoothing(nn.Module):
         return f"mode={self.mode}, alpha={self.alpha}, alpha_end={self.alpha_end}, update={self.update}"
 
 
-def checked_target(logits: Tensor, target: Tensor) -> Tensor:
+def _class_sums(log_probabilities: Tensor, label: Tensor, classes: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    """Return sum (M, K) and number (M,) of the samples of each of the M `classes`, given N rows; -1 is no sample.
+
+    With one row an image each is a sample; else an image is a sample of each class in it, with the mean of its rows.
+    """
+    if len(label) == images:
+        return _row_sums(log_probabilities, label, classes)
+    sums = log_probabilities.new_zeros(len(classes), log_probabilities.shape[1])
+    counts = log_probabilities.new_zeros(len(classes))
+    # One image at a time: the memberships of a whole batch would be as large as its logits.
+    for rows, labels in zip(log_probabilities.chunk(images), label.chunk(images), strict=True):
+        image_sums, positions = _row_sums(rows, labels, classes)
+        sums += image_sums / positions.clamp_min(1)[:, None]
+        counts += positions > 0
+    return sums, counts
+
+
+def _row_sums(log_probabilities: Tensor, label: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of the probabilities (M, K) and the number (M,) of the rows of each class."""
+    members = (classes[:, None] == label).to(log_probabilities.dtype)
+    # What is no sample may be NaN, and must not reach the sums even times zero.
+    probabilities = torch.where((label >= 0)[:, None], log_probabilities.exp(), 0.0)
+    return members @ probabilities, members.sum(dim=1)
+
+
+def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int, smoothing: float = 0.0) -> Tensor:
+    """Return ``F.cross_entropy``, which takes an `ignore_index` for class indices only."""
+    if target.is_floating_point():
+        return F.cross_entropy(logits, target, label_smoothing=smoothing)
+    return F.cross_entropy(logits, target, ignore_index=ignore_index, label_smoothing=smoothing)
+
+
+def checked_target(logits: Tensor, target: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """Return the target as ``F.cross_entropy`` takes it, or raise an error that says what does not fit."""
     for name, value in (("logits", logits), ("target", target)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
-    if logits.ndim != 2 or not logits.is_floating_point():
-        raise ValueError(f"logits must be floating, of shape (B, K); got {logits.dtype} {tuple(logits.shape)}")
-    batch, classes = logits.shape
+    if logits.ndim < 2 or not logits.is_floating_point():
+        raise ValueError(
+            "logits must be floating, of shape (B, K) or (B, K, ...) with the classes on axis 1; "
+            f"got {logits.dtype} {tuple(logits.shape)}"
+        )
     if target.is_floating_point():
         if target.shape != logits.shape:
-            raise ValueError(f"soft targets must have shape {(batch, classes)}; got {tuple(target.shape)}")
+            raise ValueError(
+                f"target: soft targets must have the shape of the logits, {tuple(logits.shape)}; "
+                f"got {tuple(target.shape)}"
+            )
         return target
-    if target.shape != (batch,):
-        raise ValueError(f"class indices must have shape {(batch,)}; got {tuple(target.shape)}")
-    if target.device.type == "cpu" and batch and not 0 <= target.min() <= target.max() < classes:
-        low, high = target.min().item(), target.max().item()
-        raise ValueError(f"class indices must lie in [0, {classes - 1}]; got values from {low} to {high}")
-    return target.long()
+    expected = (logits.shape[0], *logits.shape[2:])
+    if target.shape != expected:
+        raise ValueError(
+            f"target: class indices must have shape {expected} for logits of shape {tuple(logits.shape)}; got "
+            f"{tuple(target.shape)}. Axis 1 of the logits is the classes; if yours are last, pass logits.movedim(-1, 1)"
+        )
+    target = target.long()
+    if target.device.type == "cpu":
+        classes = logits.shape[1]
+        wrong = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
+        if len(wrong):
+            raise ValueError(
+                f"target: class indices must lie in [0, {classes - 1}] or be ignore_index={ignore_index}; "
+                f"got values from {wrong.min().item()} to {wrong.max().item()}"
+            )
+    return target

@@ -56,6 +56,8 @@ class SFRWrapper(nn.Module):
     _recorder: Recorder
     _stage_names: tuple[str, ...] | None
     _disabled: bool
+    # Tells Hugging Face's Trainer that the forward takes no arguments but the model's: the loss is not computed there.
+    accepts_loss_kwargs = False
 
     def __init__(
         self,
@@ -212,6 +214,9 @@ class SFRWrapper(nn.Module):
         return getattr(self._model, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "training" and "_model" in self.__dict__:
+            # Code that sets the mode of one module after the other does not see the model, only its children.
+            self._model.training = value
         if name.startswith("_") or name in self.__dict__ or hasattr(type(self), name):
             super().__setattr__(name, value)
         else:

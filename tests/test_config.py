@@ -26,6 +26,7 @@ FULL: dict[str, Any] = {
     "alpha_steps": 50,
     "momentum": 0.05,
     "update": "epoch",
+    "ignore_index": 255,
 }
 
 
@@ -138,6 +139,7 @@ def test_value_at_the_end_of_its_range_is_taken(name: str, value: float) -> None
         ("momentum", 0, ValueError),
         ("momentum", 1.01, ValueError),
         ("momentum", None, TypeError),
+        ("ignore_index", 0.5, TypeError),
         ("detach_deep", 1, TypeError),
         ("detach_deep", None, TypeError),
         ("pairs", "first", ValueError),

@@ -5,7 +5,9 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
+from torchvision.transforms import v2
 
 import sfr
 
@@ -195,10 +197,13 @@ def test_the_wrapper_is_found_inside_other_wrappers(build):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (torch.full((8,), 10), r"class indices must lie in \[0, 9\]; got values from 10 to 10"),
+        (torch.full((8,), 10), r"class indices must lie in \[0, 9\].*; got values from 10 to 10"),
         (torch.full((8,), -1), r"got values from -1"),
-        (torch.rand(8, 9), r"soft targets must have shape \(8, 10\); got \(8, 9\)"),
-        (torch.zeros(4, dtype=torch.long), r"class indices must have shape \(8,\); got \(4,\)"),
+        (torch.rand(8, 9), r"soft targets must have the shape of the logits, \(8, 10\); got \(8, 9\)"),
+        (
+            torch.zeros(4, dtype=torch.long),
+            r"class indices must have shape \(8,\) for logits of shape \(8, 10\); got \(4,\)",
+        ),
     ],
 )
 def test_targets_that_do_not_fit_are_an_error(build, batch, target, message):
@@ -240,3 +245,149 @@ def test_nonfinite_features_of_one_image_warn_once_and_spare_the_others(make_net
     assert 0 < criterion.last.feature < sound
     losses[1][0].backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+# Targets and outputs of other tasks.
+
+
+@pytest.mark.parametrize("kind", ["MixUp", "CutMix"])
+def test_mixup_and_cutmix_of_torchvision_train(build, batch, kind):
+    model, criterion = build(smoothing="none")
+    images, targets = getattr(v2, kind)(num_classes=10)(*batch)
+    assert ((targets > 0).sum(dim=1) > 1).any()
+    criterion(model(images), targets).backward()
+    torch.testing.assert_close(criterion.last.label, F.cross_entropy(model(images), targets).detach())
+    assert criterion.last.feature > 0
+
+
+def test_crops_stacked_in_the_batch_are_that_many_images(build, batch):
+    model, criterion = build(weight=0.5)
+    crops, targets = torch.cat([batch[0], batch[0].flip(3)]), batch[1].repeat(2)
+    criterion(model(crops), targets)
+    stacked = criterion.last.feature
+    terms = []
+    for images in crops.chunk(2):
+        criterion(model(images), batch[1])
+        terms.append(criterion.last.feature)
+    torch.testing.assert_close(stacked, torch.stack(terms).mean())
+
+
+def test_one_backward_serves_forwards_of_several_crop_sizes(build, batch):
+    model, criterion = build(weight=0.5, smoothing="none")
+    sizes = (16, 12)
+    separate = []
+    for size in sizes:
+        model.zero_grad()
+        criterion(model(batch[0][:, :, :size, :size]), batch[1]).backward()
+        separate.append([parameter.grad.clone() for parameter in model.parameters()])
+    model.zero_grad()
+    sum(criterion(model(batch[0][:, :, :size, :size]), batch[1]) for size in sizes).backward()
+    for parameter, *parts in zip(model.parameters(), *separate, strict=True):
+        torch.testing.assert_close(parameter.grad, sum(parts))
+
+
+def test_several_forwards_before_the_criterion_are_an_error(build, batch):
+    model, criterion = build()
+    outputs = [model(images) for images in batch[0].chunk(2)]
+    with pytest.raises(RuntimeError, match="call the criterion right after each forward"):
+        criterion(outputs[0], batch[1][:4])
+
+
+class Segmenter(nn.Module):
+    """Returns what `pack` makes of logits (B, 3, H, W)."""
+
+    def __init__(self, pack):
+        super().__init__()
+        self.down1, self.down2 = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 8, 3, 2, 1)
+        self.head = nn.Sequential(nn.Upsample(scale_factor=4), nn.Conv2d(8, 3, 1))
+        self.pack = pack
+
+    def forward(self, images):
+        return self.pack(self.head(self.down2(self.down1(images).relu()).relu()))
+
+
+def segmenter(pack=lambda logits: logits, **options):
+    model = sfr.SFRWrapper(Segmenter(pack), stages=["down1", "down2"], **options)
+    return model, sfr.SFRLoss(model)
+
+
+@pytest.fixture
+def segmentation_batch(batch):
+    labels = torch.randint(0, 3, (8, 16, 16))
+    labels[:, :3] = 255
+    return batch[0], labels
+
+
+@pytest.mark.parametrize("smoothing", ["class_mean", "uniform", "none"])
+def test_segmentation_trains_and_leaves_ignored_labels_out(segmentation_batch, smoothing):
+    images, labels = segmentation_batch
+    model, criterion = segmenter(weight=0.5, smoothing=smoothing, alpha=0.2, ignore_index=255)
+    logits = model(images)
+    criterion(logits, labels).backward()
+    amount = 0.0 if smoothing == "none" else 0.2
+    expected = F.cross_entropy(logits, labels, ignore_index=255, label_smoothing=amount)
+    torch.testing.assert_close(criterion.last.label, expected.detach())
+    assert criterion.last.feature > 0
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+def test_segmentation_validation_loss_leaves_ignored_labels_out(segmentation_batch):
+    images, labels = segmentation_batch
+    model, criterion = segmenter(ignore_index=255)
+    with torch.no_grad():
+        logits = model(images)
+        assert torch.equal(criterion(logits, labels), F.cross_entropy(logits, labels, ignore_index=255))
+
+
+@pytest.mark.parametrize("key", ["out", "logits"])
+def test_logits_are_found_in_a_mapping(segmentation_batch, key):
+    images, labels = segmentation_batch
+    model, criterion = segmenter(lambda logits: {"hidden_states": (), key: logits}, ignore_index=255)
+    expected_model, expected = segmenter(ignore_index=255)
+    expected_model.load_state_dict(model.state_dict())
+    torch.testing.assert_close(criterion(model(images), labels), expected(expected_model(images), labels))
+    assert criterion.last.feature > 0
+
+
+def test_a_segmentation_model_of_torchvision_trains(segmentation_batch):
+    net = torchvision.models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3)
+    model = sfr.SFRWrapper(net, stages=["backbone.4", "backbone.16"])
+    criterion = sfr.SFRLoss(model)
+    criterion(model(segmentation_batch[0]), segmentation_batch[1] % 3).backward()
+    assert criterion.last.feature > 0
+
+
+def test_auxiliary_logits_are_refused_with_the_way_out(segmentation_batch):
+    images, labels = segmentation_batch
+    model, criterion = segmenter(lambda logits: {"out": logits, "aux": logits}, ignore_index=255)
+    with pytest.raises(ValueError, match=r"output holds auxiliary logits.*criterion\(output\['out'\], target\) \+"):
+        criterion(model(images), labels)
+    output = model(images)
+    assert criterion(output["out"], labels).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("pack", "message"),
+    [
+        (lambda logits: (logits, logits), r"output must be a tensor of logits.*got tuple.*criterion\(output\[0\]"),
+        (lambda logits: {"masks": logits}, r"output must hold logits as one of 'logits' and 'out'.*\['masks'\]"),
+        (lambda logits: {"out": logits, "logits": logits}, r"output must hold logits as one of 'logits' and 'out'"),
+    ],
+)
+def test_output_without_clear_logits_is_refused(segmentation_batch, pack, message):
+    model, criterion = segmenter(pack)
+    with pytest.raises(TypeError, match=message):
+        criterion(model(segmentation_batch[0]), segmentation_batch[1])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_share_of_an_accumulated_batch_is_by_its_labels(segmentation_batch, training):
+    images, labels = segmentation_batch
+    labels = labels.where(labels != 255, -100)
+    model, criterion = segmenter(weight=0.5, smoothing="none")
+    model.train(training)
+    criterion.train(training)
+    labelled = (labels != -100).sum()
+    whole = criterion(model(images), labels)
+    share = criterion(model(images), labels, num_items_in_batch=4 * labelled)
+    torch.testing.assert_close(share, whole / 4)

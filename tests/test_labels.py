@@ -2,10 +2,13 @@
 
 import io
 import math
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -453,28 +456,28 @@ def test_restoring_the_same_state_twice_gives_two_independent_modules(update: An
     assert_equal_runs(source, second, range(5, 12))
 
 
-@pytest.mark.parametrize(("target", "low", "high"), [([0, 3, 1], 0, 3), ([-1, 0, 2], -1, 2), ([-100, 7, 0], -100, 7)])
+@pytest.mark.parametrize(("target", "low", "high"), [([0, 3, 5], 3, 5), ([-1, 0, 2], -1, -1), ([-100, 7, 0], 7, 7)])
 @pytest.mark.parametrize("mode", ["class_mean", "uniform", "none"])
 def test_class_index_out_of_range_is_refused_with_the_range(mode: Any, target: list[int], low: int, high: int) -> None:
-    with pytest.raises(ValueError, match=rf"class indices must lie in \[0, 2\]; got values from {low} to {high}"):
+    with pytest.raises(ValueError, match=rf"class indices must lie in \[0, 2\].*; got values from {low} to {high}"):
         DynamicLabelSmoothing(mode)(torch.zeros(3, 3), torch.tensor(target))
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (2, 5), (3,), (3, 5, 1)])
 def test_soft_targets_of_a_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"soft targets must have shape \(3, 5\)") as caught:
+    with pytest.raises(ValueError, match=r"target: soft targets .* shape of the logits, \(3, 5\)") as caught:
         DynamicLabelSmoothing()(torch.zeros(3, 5), torch.zeros(shape))
     assert f"got {shape}" in str(caught.value)
 
 
 @pytest.mark.parametrize("shape", [(2,), (3, 1), (3, 5), ()])
 def test_class_indices_of_a_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"class indices must have shape \(3,\)") as caught:
+    with pytest.raises(ValueError, match=r"target: class indices must have shape \(3,\)") as caught:
         DynamicLabelSmoothing()(torch.zeros(3, 5), torch.zeros(shape, dtype=torch.int64))
     assert f"got {tuple(shape)}" in str(caught.value)
 
 
-@pytest.mark.parametrize("shape", [(5,), (3, 5, 2), ()])
+@pytest.mark.parametrize("shape", [(5,), ()])
 def test_logits_of_a_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"logits must be floating, of shape \(B, K\)"):
         DynamicLabelSmoothing()(torch.zeros(shape), torch.zeros(3, dtype=torch.int64))
@@ -566,3 +569,225 @@ def test_module_has_no_parameters() -> None:
     criterion = DynamicLabelSmoothing()
     criterion(*batch(6, seed=1))
     assert not list(criterion.parameters())
+
+
+# Many labels an image: segmentation and sequences.
+
+IGNORED = 255
+
+
+def maps(seed: int, size: tuple[int, ...] = (5, 3)) -> tuple[Tensor, Tensor]:
+    """Three images' logits (3, K, *size), about two thirds of them correct, and labels (3, *size), some ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(CLASSES, (3, *size), generator=generator)
+    onehot = F.one_hot(target, CLASSES).movedim(-1, 1)
+    logits = torch.randn(3, CLASSES, *size, generator=generator) + onehot
+    target[torch.rand(3, *size, generator=generator) < 0.2] = IGNORED
+    return logits, target
+
+
+def positions(logits: Tensor, target: Tensor) -> list[tuple[int, list[float], int]]:
+    """Image, logits and label of each position that is not ignored."""
+    found = []
+    for image in range(len(logits)):
+        labels = target[image].flatten().tolist()
+        rows = logits[image].flatten(1).T.tolist()
+        found += [(image, row, label) for row, label in zip(rows, labels, strict=True) if label != IGNORED]
+    return found
+
+
+def image_means(logits: Tensor, target: Tensor) -> list[tuple[int, list[float]]]:
+    """Class and mean softmax over its correct positions, for each class of each image."""
+    collected: dict[tuple[int, int], list[list[float]]] = {}
+    for image, row, label in positions(logits, target):
+        for member, probabilities in correct_samples(torch.tensor([row]), torch.tensor([label])):
+            collected.setdefault((image, member), []).append(probabilities)
+    return [(label, mean_of(rows)) for (_, label), rows in collected.items()]
+
+
+@pytest.mark.parametrize("size", [(5, 3), (7,), (2, 3, 2)])
+def test_segmentation_loss_and_means_are_those_of_explicit_loops(size: tuple[int, ...]) -> None:
+    """The loss is the mean over labelled positions; an image is one sample of each class correct somewhere in it."""
+    criterion = DynamicLabelSmoothing(alpha=0.4, momentum=0.01, ignore_index=IGNORED)
+    collected: list[list[list[float]]] = [[] for _ in range(CLASSES)]
+    for step in range(4):
+        logits, target = maps(seed=step, size=size)
+        means = [mean_of(rows) if rows else [1 / CLASSES] * CLASSES for rows in collected]
+        found = positions(logits, target)
+        rows, labels = torch.tensor([row for _, row, _ in found]), torch.tensor([label for _, _, label in found])
+        expected = reference_loss(rows, labels, means, 0.4)
+        assert float(criterion(logits, target)) == pytest.approx(expected, rel=1e-5)
+        for label, probabilities in image_means(logits, target):
+            collected[label].append(probabilities)
+    torch.testing.assert_close(criterion.distributions, torch.tensor([mean_of(rows) for rows in collected]))
+    assert criterion.counts.tolist() == [len(rows) for rows in collected]
+
+
+def test_segmentation_means_by_epoch_are_those_of_explicit_loops() -> None:
+    criterion = DynamicLabelSmoothing(update="epoch", ignore_index=IGNORED)
+    collected: list[list[list[float]]] = [[] for _ in range(CLASSES)]
+    for step in range(3):
+        logits, target = maps(seed=step)
+        criterion(logits, target)
+        for label, probabilities in image_means(logits, target):
+            collected[label].append(probabilities)
+    criterion.end_epoch()
+    torch.testing.assert_close(criterion.distributions, torch.tensor([mean_of(rows) for rows in collected]))
+
+
+def test_running_segmentation_mean_moves_by_each_image_as_documented() -> None:
+    criterion = DynamicLabelSmoothing(momentum=0.25, ignore_index=IGNORED)
+    means, seen = uniform_rows(), [0] * CLASSES
+    for step in range(12):
+        logits, target = maps(seed=step)
+        logits, target = logits[:1], target[:1]
+        criterion(logits, target)
+        for label, probabilities in image_means(logits, target):
+            seen[label] += 1
+            weight = max(0.25, 1.0 / seen[label])
+            for k in range(CLASSES):
+                means[label][k] += weight * (probabilities[k] - means[label][k])
+        torch.testing.assert_close(criterion.distributions, torch.tensor(means))
+    assert max(seen) > 4  # the exponential part was reached
+
+
+def test_images_of_one_position_are_classification() -> None:
+    logits, target = batch(20, seed=1)
+    plain, dense = DynamicLabelSmoothing(), DynamicLabelSmoothing()
+    for _ in range(2):
+        torch.testing.assert_close(dense(logits[:, :, None, None], target[:, None, None]), plain(logits, target))
+    torch.testing.assert_close(dense.distributions, plain.distributions)
+
+
+@pytest.mark.parametrize("mode", ["class_mean", "uniform", "none"])
+@pytest.mark.parametrize("training", [True, False])
+def test_ignored_labels_count_as_in_cross_entropy(mode: Any, training: bool) -> None:
+    logits, target = maps(seed=1)
+    criterion = DynamicLabelSmoothing(mode, alpha=0.2, ignore_index=IGNORED).train(training)
+    smoothing = 0.2 if training and mode != "none" else 0.0
+    expected = F.cross_entropy(logits, target, ignore_index=IGNORED, label_smoothing=smoothing)
+    torch.testing.assert_close(criterion(logits, target), expected)
+
+
+def test_ignored_labels_pass_no_gradient() -> None:
+    logits, target = maps(seed=1)
+    criterion = DynamicLabelSmoothing(ignore_index=IGNORED)
+    criterion(logits.requires_grad_(), target).backward()
+    ignored = (target == IGNORED)[:, None].expand_as(logits)
+    assert torch.equal(logits.grad[ignored], torch.zeros(ignored.sum()))
+    assert (logits.grad[~ignored] != 0).all()
+
+
+@pytest.mark.parametrize("mode", ["class_mean", "uniform", "none"])
+def test_minus_hundred_is_ignored_without_being_asked_to(mode: Any) -> None:
+    logits, target = batch(6, seed=1)
+    target[:2] = -100
+    criterion = DynamicLabelSmoothing(mode, alpha=0.2)
+    expected = F.cross_entropy(logits, target, label_smoothing=0.0 if mode == "none" else 0.2)
+    torch.testing.assert_close(criterion(logits, target), expected)
+
+
+def test_class_that_is_ignored_has_no_statistics() -> None:
+    logits, target = torch.eye(CLASSES) * 5, torch.arange(CLASSES)
+    criterion = DynamicLabelSmoothing(ignore_index=0)
+    criterion(logits, target)
+    assert criterion.counts.tolist() == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("mode", ["class_mean", "none"])
+def test_batch_all_ignored_is_nan_as_in_cross_entropy_and_moves_no_class_mean(mode: Any) -> None:
+    logits, target = batch(6, seed=1)
+    criterion = DynamicLabelSmoothing(mode)
+    criterion(logits, target)
+    before = criterion.distributions.clone()
+    assert criterion(logits, torch.full_like(target, -100)).isnan()
+    assert torch.equal(criterion.distributions, before)
+
+
+def test_soft_targets_of_segmentation_are_taken() -> None:
+    logits = maps(seed=1)[0]
+    soft = maps(seed=2)[0].softmax(dim=1)
+    loss = DynamicLabelSmoothing(alpha=0.2)(logits, soft)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, soft, label_smoothing=0.2))
+
+
+def test_labels_of_another_image_size_are_refused_with_the_size_wanted() -> None:
+    with pytest.raises(ValueError, match=r"target: class indices must have shape \(2, 8, 8\).*; got \(2, 16, 16\)"):
+        DynamicLabelSmoothing()(torch.zeros(2, 5, 8, 8), torch.zeros(2, 16, 16, dtype=torch.int64))
+
+
+def test_logits_with_the_classes_last_are_refused_with_the_way_out() -> None:
+    logits, target = torch.randn(2, 7, 5), torch.zeros(2, 7, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"target: .*pass logits\.movedim\(-1, 1\)"):
+        DynamicLabelSmoothing()(logits, target)
+    assert DynamicLabelSmoothing()(logits.movedim(-1, 1), target).isfinite()
+
+
+# Many classes: only the rows seen are exchanged and moved.
+
+
+@both_updates
+@pytest.mark.parametrize("kind", ["hard", "soft", "segmentation"])
+def test_rows_seen_give_the_statistics_of_all_rows(monkeypatch: Any, update: Any, kind: str) -> None:
+    runs = {}
+    for limit in (0, 128):
+        monkeypatch.setattr("sfr.labels.ALL_ROWS_ON_CPU_UP_TO", limit)
+        criterion = DynamicLabelSmoothing(update=update, momentum=0.3, ignore_index=IGNORED)
+        for step in range(6):
+            logits, target = maps(step) if kind == "segmentation" else batch(3, step)
+            criterion(logits, distributions(3, CLASSES, seed=step) if kind == "soft" else target)
+        if update == "epoch":
+            criterion.end_epoch()
+        runs[limit] = criterion
+    torch.testing.assert_close(runs[0].distributions, runs[128].distributions)
+    torch.testing.assert_close(runs[0].counts, runs[128].counts)
+    assert not torch.equal(runs[0].distributions, torch.full((CLASSES, CLASSES), 1 / CLASSES))
+
+
+def of_one_rank(rank: int, folder: str) -> None:
+    """Train on an uneven share of the batches, with the rows seen and then with all rows; note what is exchanged."""
+    import sfr.labels
+
+    torch.set_num_threads(1)
+    store, patience = f"file://{folder}/store", timedelta(seconds=60)
+    all_reduce, sizes = dist.all_reduce, []
+
+    def noted(values: Tensor) -> None:
+        sizes.append(values.numel())
+        all_reduce(values)
+
+    dist.all_reduce = noted
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
+    for limit in (0, 128):
+        sfr.labels.ALL_ROWS_ON_CPU_UP_TO = limit
+        criterion = DynamicLabelSmoothing(momentum=0.3)
+        for step in range(4):
+            logits, target = batch(8, step)
+            share = slice(5) if rank == 0 else slice(5, 8)
+            criterion(logits[share], target[share])
+        torch.save((criterion.distributions, sizes), f"{folder}/{limit}-{rank}")
+        sizes.clear()
+    dist.destroy_process_group()
+
+
+def test_two_ranks_with_uneven_shares_get_the_statistics_of_one_by_few_numbers(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(of_one_rank, (str(tmp_path),), nprocs=2, start_method="fork")
+    criterion = DynamicLabelSmoothing(momentum=0.3)
+    of_rows_seen, of_all_rows = [], []
+    for step in range(4):
+        logits, target = batch(8, step)
+        criterion(logits, target)
+        seen = {label for label, _ in correct_samples(logits, target)}
+        of_rows_seen += [CLASSES, len(seen) * (CLASSES + 1)]
+        of_all_rows += [CLASSES * (CLASSES + 1)]
+    for limit, expected in ((0, of_rows_seen), (128, of_all_rows)):
+        for rank in range(2):
+            distributions, sizes = torch.load(tmp_path / f"{limit}-{rank}", weights_only=True)
+            torch.testing.assert_close(distributions, criterion.distributions)
+            assert sizes == expected
+
+
+def test_running_means_hold_no_sums_of_an_epoch() -> None:
+    criterion = DynamicLabelSmoothing()
+    criterion(*batch(6, seed=1))
+    assert criterion.sums.numel() == 0
