@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sfr.criterion import SFRLoss
 from sfr.measure import StepCost, compare_steps
-from sfr.nodes import cells, common_grids, match_channels, spatial_shape, to_nodes
+from sfr.nodes import as_map, cells, common_grids, match_channels, spatial_shape, to_nodes
 from sfr.stages import resolve_pairs
 from sfr.transport import default_solver
 from sfr.wrapper import SFRWrapper, split_arguments
@@ -21,12 +21,13 @@ from sfr.wrapper import SFRWrapper, split_arguments
 
 @dataclass(frozen=True)
 class StageRow:
-    """One tapped stage: its name, the kind of module, the shape of its output, and the layout taken."""
+    """One tapped stage: its name, the kind of module, the shape of its output, the layout taken, tokens dropped."""
 
     name: str
     kind: str
     shape: tuple[int, ...]
     layout: str
+    dropped: int
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ class Report:
         return self.sfr.peak_bytes / max(1, self.plain.peak_bytes)
 
     def __str__(self) -> str:
-        stages = [(row.name, row.kind, "x".join(map(str, row.shape)), row.layout) for row in self.stages]
+        stages = [
+            (row.name, row.kind, "x".join(map(str, row.shape)), row.layout, row.dropped or "") for row in self.stages
+        ]
         pairs = [
             (row.shallow, row.deep, f"{row.nodes[0]} x {row.nodes[1]}", row.channels, row.segments)
             for row in self.pairs
@@ -77,7 +80,7 @@ class Report:
         times, peaks = (self.plain.median, self.sfr.median), (self.plain.peak_bytes, self.sfr.peak_bytes)
         return "\n".join(
             [
-                _table(("stage", "module", "output", "layout"), stages),
+                _table(("stage", "module", "output", "layout", "tokens dropped"), stages),
                 "",
                 _table(("shallow", "supervised by", "nodes", "channels", "segments"), pairs),
                 "",
@@ -131,23 +134,18 @@ def report(model: SFRWrapper, example_input: Any, repeats: int = 5) -> Report:
 
 def _describe(criterion: SFRLoss, features: dict[str, Tensor]) -> tuple[tuple[StageRow, ...], tuple[PairRow, ...]]:
     config, model = criterion.config, criterion.model
-    layouts = {name: criterion.layout_of(name, feature) for name, feature in features.items()}
+    views = {name: criterion.view_of(name, feature) for name, feature in features.items()}
     stages = tuple(
-        StageRow(name, type(model.stage(name)).__name__, tuple(feature.shape), layouts[name])
+        StageRow(name, type(model.stage(name)).__name__, tuple(feature.shape), views[name].layout, views[name].prefix)
         for name, feature in features.items()
     )
+    maps = {name: as_map(feature[:1], views[name]) for name, feature in features.items()}
     pairs = []
     names = list(features)
     for i, j in resolve_pairs(config.pairs, names):
-        shallow, deep = features[names[i]][:1], features[names[j]][:1]
-        grids = common_grids(
-            spatial_shape(shallow, layouts[names[i]]), spatial_shape(deep, layouts[names[j]]), config.max_grid
-        )
-        _, matched = match_channels(
-            to_nodes(shallow, layouts[names[i]], grids[0]),
-            to_nodes(deep, layouts[names[j]], grids[1]),
-            config.grouping,
-        )
+        shallow, deep = maps[names[i]], maps[names[j]]
+        grids = common_grids(spatial_shape(*shallow), spatial_shape(*deep), config.max_grid)
+        _, matched = match_channels(to_nodes(*shallow, grids[0]), to_nodes(*deep, grids[1]), config.grouping)
         sizes = (cells(grids[0]), cells(grids[1]))
         pairs.append(PairRow(names[i], names[j], sizes, matched.shape[2], matched.shape[0]))
     return stages, tuple(pairs)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sfr.config import SFRConfig
-from sfr.stages import StageFinder, find_stages
+from sfr.discovery import StageFinder
+from sfr.nodes import View
+from sfr.stages import find_stages
 from sfr.taps import Recorder, Tap, same_forward
 
 if TYPE_CHECKING:
@@ -26,8 +28,8 @@ class SFRWrapper(nn.Module):
     model and back; attributes it does not have itself are read from and written to the model. In evaluation mode and
     under ``torch.no_grad()`` nothing is recorded.
 
-    Stages not named in the configuration are discovered: from `example_input` if given, else in the first training
-    forward, at no extra cost.
+    Stages not named in the configuration are discovered, and how the outputs of stages are read (layout, class tokens)
+    is seen: in a forward of `example_input` if given, else in the first training forward, at no extra cost.
 
     Args:
         model: any ``nn.Module``; wrap it before DDP, FSDP or ``accelerator.prepare``.
@@ -53,6 +55,7 @@ class SFRWrapper(nn.Module):
     _config: SFRConfig
     _recorder: Recorder
     _stage_names: tuple[str, ...] | None
+    _views: dict[str, View] | None
     _disabled: bool
 
     def __init__(
@@ -80,10 +83,11 @@ class SFRWrapper(nn.Module):
         self._config = dataclasses.replace(config or SFRConfig(), **overrides)
         self._recorder = Recorder()
         self._stage_names = None
+        self._views = None
         self._disabled = False
         if self._config.stages is not None:
             self._tap(find_stages(model, self._config.stages))
-        elif example_input is not None:
+        if example_input is not None:
             self._discover_from(example_input)
 
     @property
@@ -96,6 +100,11 @@ class SFRWrapper(nn.Module):
         """Names of the tapped submodules; None before they are discovered."""
         return self._stage_names
 
+    @property
+    def views(self) -> Mapping[str, View]:
+        """How the output of each stage is read, as far as a watched forward has shown it."""
+        return self._views or {}
+
     def stage(self, name: str) -> nn.Module:
         """Return a tapped submodule by its name."""
         return self._model.get_submodule(name)
@@ -105,8 +114,12 @@ class SFRWrapper(nn.Module):
         if self._disabled or not self._model.training or not torch.is_grad_enabled():
             self._recorder.abort()
             return self._model(*args, **kwargs)
-        if self._stage_names is None:
+        named = self._stage_names is not None
+        if self._views is None and not (named and torch.compiler.is_compiling()):
             return self._discovering_forward(*args, **kwargs)
+        return self._recorded_forward(*args, **kwargs)
+
+    def _recorded_forward(self, *args: Any, **kwargs: Any) -> Any:
         self._recorder.begin()
         try:
             output = self._model(*args, **kwargs)
@@ -156,7 +169,7 @@ class SFRWrapper(nn.Module):
     def unwrap(self) -> nn.Module:
         """Take the taps off and return the very model that was wrapped."""
         self._recorder.detach()
-        self._stage_names = ()
+        self._stage_names, self._views = (), {}
         return self._model
 
     def report(self, *args: Any, **kwargs: Any) -> Report:
@@ -170,26 +183,34 @@ class SFRWrapper(nn.Module):
         self._stage_names = tuple(stages)
 
     def _discovering_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the first training forward and watch it."""
         if torch.compiler.is_compiling():
             raise RuntimeError("stages cannot be discovered inside torch.compile; pass example_input= or stages=")
-        with StageFinder(self._model) as finder:
-            output = self._model(*args, **kwargs)
-        found = finder.found()
-        self._tap({name: module for name, (module, _) in found.items()})
-        self._recorder.features = {name: feature for name, (_, feature) in found.items()}
+        named = self._stage_names is not None
+        with StageFinder(self._model, self._config) as finder:
+            output = self._recorded_forward(*args, **kwargs) if named else self._model(*args, **kwargs)
+        self._learn_from(finder)
+        if not named:
+            self._recorder.features = {name: stage.feature for name, stage in finder.found().items()}
         return output
+
+    def _learn_from(self, finder: StageFinder) -> None:
+        """Take over what a watched forward has shown."""
+        if self._stage_names is None:
+            self._tap({name: stage.module for name, stage in finder.found().items()})
+        self._views = finder.views(self._stage_names or ())
 
     def _discover_from(self, example_input: Any) -> None:
         args, kwargs = split_arguments(example_input)
         modes = [(module, module.training) for module in self._model.modules()]
         try:
             self._model.eval()
-            with StageFinder(self._model) as finder, torch.no_grad():
+            with StageFinder(self._model, self._config) as finder, torch.no_grad():
                 self._model(*args, **kwargs)
         finally:
             for module, mode in modes:
                 module.training = mode
-        self._tap({name: module for name, (module, _) in finder.found().items()})
+        self._learn_from(finder)
 
     # What follows makes the wrapper indistinguishable from the model to the code around it.
 
