@@ -1,4 +1,4 @@
-"""Any model, two lines, no argument: one training step of every torchvision classifier and of one model per timm module.
+"""Any model, two lines, no argument: a training step of every torchvision model and of one model per timm module.
 
     python benchmarks/zoo.py                       # what is not yet in the JSON, then the page
     python benchmarks/zoo.py --only vit pvt        # models whose name contains one of these, again
@@ -43,7 +43,7 @@ TORCHVISION = {
 }
 SIZES = (64, 96, 128, 160, 192, 224, 256, 288, 299, 384)
 FRAMES = {"torchvision.video": (16,)}
-REPEATS = 3
+REPEATS = 2
 
 # What makes a model work that does not without arguments.
 ARGUMENTS: dict[str, dict[str, Any]] = {}
@@ -209,11 +209,13 @@ def smallest_input(model: nn.Module, group: str) -> Tensor:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the logits of a batch, (B, K): those of auxiliary classifiers are left, those of pixels averaged."""
+    """Return the logits of a batch, (B, K): auxiliary ones are left out, those of pixels or tokens averaged."""
     if isinstance(output, dict):
         output = output["out"]
-    logits = output[0] if isinstance(output, tuple) else output
-    return logits.flatten(2).mean(dim=2) if logits.ndim > 2 else logits
+    logits: Tensor = output[0] if isinstance(output, tuple) else output
+    if logits.ndim == 3:
+        return logits.mean(dim=1)
+    return logits.flatten(2).mean(dim=2) if logits.ndim > 3 else logits
 
 
 def passes(result: Record) -> bool:
@@ -251,7 +253,7 @@ Made by `python benchmarks/zoo.py` (random weights, batch of 2, smallest size th
 torchvision {torchvision}, timm {timm}, one core of {device}; commit {commit}, {date};
 [JSON](../benchmarks/results/zoo.json)). Every model is wrapped by `SFRWrapper(model)` without an argument and makes one
 training step with `SFRLoss(model)`. It passes if the stages are found, the feature term is finite, and every shallow
-stage sends a gradient to parameters. *Time* is a step with SFR over a plain one, from three steps of each in turn at a
+stage sends a gradient to parameters. *Time* is a step with SFR over a plain one, from two steps of each in turn at a
 batch of two images: a rough figure, far above that of a real batch; the overhead benchmark has the real ones.
 
 | models | pass with no argument | |
@@ -284,8 +286,8 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--only", nargs="+", default=[], metavar="PART", help="models whose name contains one of these, again")
     add("--report", action="store_true", help="write the page from the JSON, run nothing")
-    add("--seconds", type=int, default=60, help="time limit of a model")
-    add("--memory", type=int, default=6, help="memory limit of a model, GiB")
+    add("--seconds", type=int, default=120, help="time limit of a model")
+    add("--memory", type=int, default=8, help="memory limit of a model, GiB")
     add("--output", type=Path, default=ROOT / "benchmarks/results/zoo.json")
     add("--page", type=Path, default=ROOT / "docs/models.md")
     return parser.parse_args()

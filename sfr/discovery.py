@@ -94,6 +94,8 @@ class StageFinder:
 
     def __init__(self, model: nn.Module, config: SFRConfig) -> None:
         self._model = model
+        self._seen: set[str] = set()
+        self._kinds = Counter(type(module) for module in model.modules())
         self._reader = _Reader(config)
         self._sightings: list[Sighting] = []
         self._calls: Counter[str] = Counter()
@@ -147,6 +149,7 @@ class StageFinder:
         """
         seen = _leading_to(self._logits, self._sightings)
         body = _before_classifier(self._logits, seen)
+        self._seen = {sighting.name for sighting in body}
         layers = [sighting.name for sighting in seen if sighting.is_layer]
         blocks = self._blocks(self._stable(body), layers)
         ways = (
@@ -186,7 +189,7 @@ class StageFinder:
         return blocks if len({block.cells for block in blocks}) == 1 else []
 
     def _resolutions(self, sightings: list[Sighting]) -> list[Sighting]:
-        """Return the last output at each resolution, each clearly larger than the next one in forward order.
+        """Return the last output at each resolution: the longest chain of them in which each is clearly smaller.
 
         A resolution counts if a layer with weights writes at it. The forward is followed down to the smallest one,
         so that of an encoder-decoder the encoder is taken, and detours to a smaller one within a module do not count.
@@ -203,11 +206,12 @@ class StageFinder:
         smallest = min(sighting.cells for sighting in maps)
         bottom = max(index for index, sighting in enumerate(maps) if sighting.cells == smallest)
         levels = self._last(maps[: bottom + 1], lambda sighting: sighting.cells)
-        stages: list[Sighting] = []
-        for level in reversed(levels):
-            if not stages or level.cells > LEVEL_RATIO * stages[-1].cells:
-                stages.append(level)
-        return stages[::-1]
+        # Attention maps and other large maps on the way would cut the hierarchy short; they are in no longest chain.
+        chains: list[list[Sighting]] = []
+        for level in levels:
+            before = [chain for chain in chains if chain[-1].cells > LEVEL_RATIO * level.cells]
+            chains.append([*max(before, key=len, default=[]), level])
+        return max(reversed(chains), key=len)
 
     def _layers(self, sightings: list[Sighting]) -> list[Sighting]:
         """Return the last output before each next layer."""
@@ -227,8 +231,12 @@ class StageFinder:
         return [sighting for sighting in candidates if best[key(sighting)] is sighting]
 
     def _depth(self, sighting: Sighting) -> tuple[int, bool]:
-        """How far inside blocks a module lies, smaller is further out; plain containers are not blocks."""
-        depth = sum(not is_container(self._model.get_submodule(name)) for name in _ancestors(sighting.name))
+        """How many blocks a module lies in.
+
+        A container is no block, nor is a module of a kind that is there once, or one that could be no stage itself.
+        """
+        around = (self._model.get_submodule(name) for name in _ancestors(sighting.name) if name in self._seen)
+        depth = sum(not is_container(module) and self._kinds[type(module)] > 1 for module in around)
         kind = type(sighting.module).__name__.lower()
         return depth, is_leaf(sighting.module) and any(word in kind for word in ("norm", "pool", "dropout", "permute"))
 
@@ -255,18 +263,17 @@ class _Reader:
         if layout == "auto":
             layout = infer_layout(module, feature, self._layer)
         shape = spatial_shape(feature, layout)
-        if layout == "tokens":
-            view = self._tokens(*shape)
-            return view, cells(shape) - view.prefix
-        if is_layer and cells(shape) > 1:
-            self._maps.append(shape)
-        return View(layout), cells(shape)
+        view = self._tokens(*shape) if layout == "tokens" else View(layout)
+        local = cells(shape) - view.prefix
+        if is_layer and local > 1:
+            self._maps.append((local,) if layout == "tokens" else shape)
+        return view, local
 
     def _tokens(self, count: int) -> View:
         """Return the view of `count` tokens.
 
-        Those beyond the cells of a map written before are prefix tokens. Where no map fits (tokens were merged) there
-        are as many prefix tokens as before, and the rest lies like a map of the same proportions.
+        Those beyond the cells of a map, or beyond the length of a sequence, written before are prefix tokens. Where
+        none fits (tokens were merged) there are as many as before. The rest lies like a map of the same proportions.
         """
         surplus = [extra for extra in (count - cells(grid) for grid in self._maps) if 0 <= extra <= MOST_PREFIX_TOKENS]
         if self._config.prefix_tokens != "auto":

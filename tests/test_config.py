@@ -11,6 +11,7 @@ from sfr.config import SFRConfig
 FULL: dict[str, Any] = {
     "stages": ("layer1", "layer2", "layer3"),
     "layout": "channels_last",
+    "prefix_tokens": 1,
     "weight": 0.2,
     "warmup": 100,
     "pairs": ((0, 2), ("layer1", "layer2")),
