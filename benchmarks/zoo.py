@@ -5,8 +5,8 @@
     python benchmarks/zoo.py --report              # the page alone
 
 Every model has random weights, ten classes, and a batch of two images of the smallest size that it takes. A model
-passes if ``SFRWrapper(model)`` finds its stages in the first training forward, the feature term is finite, and it gives
-a gradient to parameters below every shallow stage. Each runs in a process of its own, with limits on time and memory.
+passes if ``SFRWrapper(model)`` finds its stages in the first training forward, the feature term is finite, and every
+shallow stage gets a gradient from its own pairs. Each runs in a process of its own, with limits on time and memory.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(1)
     record: Record = {"smallest": {}, "models": {}}
+    where = environment(torch.device("cpu"))
     if args.output.exists():
         record = json.loads(args.output.read_text())
     if not args.report:
@@ -61,7 +62,7 @@ def main() -> None:
             if any(part in name for part in args.only) if args.only else name not in record["models"]:
                 result = {"group": group} | isolated(name, group, args)
                 record["models"][name] = result
-                record["environment"] = environment(torch.device("cpu"))
+                record["environment"] = where
                 args.output.write_text(json.dumps(record, indent=1) + "\n")
                 print(row(name, result), flush=True)
     args.page.write_text(page(record))
@@ -145,19 +146,23 @@ def attempt(name: str, group: str, config: dict[str, Any]) -> Record:
         },
         "pairs": len(terms),
         "feature": float(torch.stack(list(terms.values())).mean()),
-        "gradients": gradients(terms, list(plain.parameters())),
+        "gradients": gradients(terms, model),
     }
     del features, terms, logits
     return result | {"time_ratio": time_ratio(model, criterion, inputs, target)}
 
 
-def gradients(terms: dict[str, Tensor], parameters: list[nn.Parameter]) -> dict[str, float]:
-    """Return by shallow stage the norm of the gradient that its pairs give to the parameters."""
+def gradients(terms: dict[str, Tensor], model: sfr.SFRWrapper) -> dict[str, float]:
+    """Return by shallow stage the norm of the gradient that its pairs give to its parameters.
+
+    Of a stage without parameters (an activation), to those of the whole model.
+    """
     norms = {}
     for stage in dict.fromkeys(pair.split(" <- ")[0] for pair in terms):
         term = torch.stack([value for pair, value in terms.items() if pair.startswith(f"{stage} <- ")]).sum()
+        parameters = list(model.stage(stage).parameters()) or list(model.parameters())
         found = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-        norms[stage] = float(torch.stack([gradient.norm() for gradient in found if gradient is not None]).norm())
+        norms[stage] = sum(float(gradient.norm()) ** 2 for gradient in found if gradient is not None) ** 0.5
     return norms
 
 
@@ -219,7 +224,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def passes(result: Record) -> bool:
-    """Whether a model trained with a finite feature term that reaches parameters below every shallow stage."""
+    """Whether a model trained with a finite feature term that gives every shallow stage a gradient."""
     return "error" not in result and math.isfinite(result["feature"]) and all(result["gradients"].values())
 
 
@@ -236,7 +241,8 @@ def page(record: Record) -> str:
             name for name in results if results[name]["group"].startswith("timm.")
         ],
     }
-    lines = [HEAD.format(**record["environment"]["versions"], **record["environment"])]
+    where = record["environment"]
+    lines = [HEAD.format(**where["versions"], **where, repeats=REPEATS)]
     for title, names in groups.items():
         if names:
             passed = sum(passes(results[name]) for name in names)
@@ -253,8 +259,14 @@ Made by `python benchmarks/zoo.py` (random weights, batch of 2, smallest size th
 torchvision {torchvision}, timm {timm}, one core of {device}; commit {commit}, {date};
 [JSON](../benchmarks/results/zoo.json)). Every model is wrapped by `SFRWrapper(model)` without an argument and makes one
 training step with `SFRLoss(model)`. It passes if the stages are found, the feature term is finite, and every shallow
-stage sends a gradient to parameters. *Time* is a step with SFR over a plain one, from two steps of each in turn at a
-batch of two images: a rough figure, far above that of a real batch; the overhead benchmark has the real ones.
+stage gets a gradient from its own pairs (in its parameters, or in those before an activation). *Time* is a step with
+SFR over a plain one, from {repeats} steps of each in turn at a batch of two images on a busy machine: a rough figure,
+and far from that of a real batch; `benchmarks/overhead.py` measures that.
+
+How the stages are found is told in `sfr/discovery.py`. In short: of a model most of whose layers lie in equal blocks
+at one resolution (transformers, mixers) four blocks are taken, evenly spaced in depth; of any other the last output at
+each resolution, of the outermost module; of a model without resolutions the hidden layers. Class, distillation and
+register tokens, which are those beyond the cells of the map that the tokens come from, are dropped.
 
 | models | pass with no argument | |
 |---|---|---|"""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfr.config import SFRConfig
+from sfr.config import Layout, SFRConfig
 from sfr.discovery import assumed_view
 from sfr.labels import DynamicLabelSmoothing, checked_target
 from sfr.losses import emd_l2
@@ -138,20 +138,28 @@ class SFRLoss(nn.Module):
         """Take over the class means of the epoch; needed with ``update="epoch"`` only."""
         self.labels.end_epoch()
 
+    def map_of(self, name: str, feature: Tensor) -> tuple[Tensor, Layout]:
+        """Return a stage's output without its prefix tokens, as a map, and the layout of that.
+
+        Raises:
+            ValueError: naming the stage, if its output cannot be read so.
+        """
+        try:
+            return as_map(feature, self.view_of(name, feature))
+        except ValueError as error:
+            raise ValueError(f"stage {name!r} {error}") from None
+
     def view_of(self, name: str, feature: Tensor) -> View:
         """Return how a stage's output is read: as the configuration states, or else as seen or inferred."""
         if name not in self._views:
-            try:
-                seen = self._model.views.get(name)
-                self._views[name] = seen or assumed_view(self._model.stage(name), feature, self.config)
-            except ValueError as error:
-                raise ValueError(f"stage {name!r} {error}") from None
+            seen = self._model.views.get(name)
+            self._views[name] = seen or assumed_view(self._model.stage(name), feature, self.config)
         return self._views[name]
 
     def _feature_terms(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the feature term of every pair."""
         config, names = self.config, list(features)
-        maps = {name: as_map(feature, self.view_of(name, feature)) for name, feature in features.items()}
+        maps = {name: self.map_of(name, feature) for name, feature in features.items()}
         shapes = {name: spatial_shape(*stage_map) for name, stage_map in maps.items()}
         pooled: dict[tuple[str, Grid], tuple[Tensor, Tensor]] = {}
 

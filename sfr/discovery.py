@@ -36,6 +36,7 @@ class Sighting:
         node: the autograd node that made it, if any; in-place operations later give the tensor another one.
         view: how the output is read.
         cells: local features in it.
+        sole: whether the module returns no other feature; which of several is its output is for the user to say.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Sighting:
     node: Any
     view: View
     cells: int
+    sole: bool
 
     @property
     def is_layer(self) -> bool:
@@ -67,8 +69,8 @@ def assumed_view(stage: nn.Module, feature: Tensor, config: SFRConfig) -> View:
         return View(layout)
     if config.prefix_tokens == "auto":
         raise ValueError(
-            "gives tokens, and how many of them are class or register tokens is seen in the first training forward, "
-            "which was compiled; pass example_input= to the wrapper, or prefix_tokens="
+            "gives tokens, and no watched forward has shown how many of them are class or register tokens: pass "
+            "example_input= to the wrapper if its first forward is compiled, or state prefix_tokens= (0 if none)"
         )
     return View(layout, config.prefix_tokens)
 
@@ -125,11 +127,12 @@ class StageFinder:
             if torch.compiler.is_compiling():
                 return
             self._calls[name] += 1
-            feature = _only_feature(output)
-            if feature is not None and feature.ndim and len(feature) == self._batch:
+            features = _features_in(output)
+            if features and features[0].ndim and len(features[0]) == self._batch:
+                feature, sole = features[0], len(features) == 1
                 with suppress(ValueError):  # of no known layout: no candidate
                     view, size = self._reader.read(module, feature)
-                    self._sightings.append(Sighting(name, module, feature, feature.grad_fn, view, size))
+                    self._sightings.append(Sighting(name, module, feature, feature.grad_fn, view, size, sole))
 
         return see
 
@@ -147,7 +150,7 @@ class StageFinder:
         Raises:
             ValueError: if there are fewer than two.
         """
-        seen = _leading_to(self._logits, self._sightings)
+        seen = _leading_to(self._logits, [sighting for sighting in self._sightings if sighting.sole])
         body = _before_classifier(self._logits, seen)
         self._seen = {sighting.name for sighting in body}
         layers = [sighting.name for sighting in seen if sighting.is_layer]
@@ -316,13 +319,12 @@ def evenly(stages: list[Sighting]) -> list[Sighting]:
     return [stages[(k + 1) * len(stages) // count - 1] for k in range(count)]
 
 
-def _only_feature(output: Any) -> Tensor | None:
-    """Return the floating-point tensor in a module's output if there is exactly one."""
+def _features_in(output: Any) -> list[Tensor]:
+    """Return the floating-point tensors in a module's output."""
     if isinstance(output, Mapping):
         output = list(output.values())
     parts = output if isinstance(output, (tuple, list)) else [output]
-    features = [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
-    return features[0] if len(features) == 1 else None
+    return [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
 
 
 def _leading_to(logits: Tensor | None, sightings: list[Sighting]) -> list[Sighting]:

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfr.criterion import SFRLoss
+from sfr.discovery import logits_in
 from sfr.measure import StepCost, compare_steps
-from sfr.nodes import as_map, cells, common_grids, match_channels, spatial_shape, to_nodes
+from sfr.nodes import cells, common_grids, match_channels, spatial_shape, to_nodes
 from sfr.stages import resolve_pairs
 from sfr.transport import default_solver
 from sfr.wrapper import SFRWrapper, split_arguments
@@ -102,7 +103,7 @@ def report(model: SFRWrapper, example_input: Any, repeats: int = 5) -> Report:
     Args:
         model: the wrapped model; stages not yet discovered are.
         example_input: arguments of one forward, best a batch of the size to be trained with: a tensor, a tuple or a
-            dict. The model must return logits (B, K).
+            dict. The model must return logits, or an output with ``logits`` or that begins with them.
         repeats: timed steps of each kind, >= 1.
 
     Returns:
@@ -111,19 +112,26 @@ def report(model: SFRWrapper, example_input: Any, repeats: int = 5) -> Report:
     args, kwargs = split_arguments(example_input)
     criterion = SFRLoss(model)
     criterion.labels.sync = False
+
+    def forward() -> Tensor:
+        logits = logits_in(model(*args, **kwargs))
+        if logits is None:
+            raise TypeError("the model returns no logits: no floating-point tensor is in its output")
+        return logits
+
     with _unchanged(model):
-        logits = model(*args, **kwargs)
-        target = torch.randint(logits.shape[1], (logits.shape[0],), device=logits.device)
+        logits = forward()
+        target = torch.randint(logits.shape[1], (len(logits), *logits.shape[2:]), device=logits.device)
         features = model.take_features(logits)
         stages, pairs = _describe(criterion, features)
 
         def plain_step() -> None:
             with model.disable():
-                logits = model(*args, **kwargs)
+                logits = forward()
             F.cross_entropy(logits, target).backward()
 
         def sfr_step() -> None:
-            criterion(model(*args, **kwargs), target).backward()
+            criterion(forward(), target).backward()
 
         costs = compare_steps({"plain": plain_step, "sfr": sfr_step}, logits.device, repeats)
     solver: str = criterion.config.solver
@@ -139,7 +147,7 @@ def _describe(criterion: SFRLoss, features: dict[str, Tensor]) -> tuple[tuple[St
         StageRow(name, type(model.stage(name)).__name__, tuple(feature.shape), views[name].layout, views[name].prefix)
         for name, feature in features.items()
     )
-    maps = {name: as_map(feature[:1], views[name]) for name, feature in features.items()}
+    maps = {name: criterion.map_of(name, feature[:1]) for name, feature in features.items()}
     pairs = []
     names = list(features)
     for i, j in resolve_pairs(config.pairs, names):

@@ -38,7 +38,11 @@ def find_stages(model: nn.Module, stages: str | Sequence[str]) -> dict[str, nn.M
             raise ValueError(f"stages={stages!r} is no regular expression: {error}") from error
         found = {name: module for name, module in modules.items() if pattern.fullmatch(name)}
     else:
+        everything = dict(model.named_modules(remove_duplicate=False))
         for name in stages:
+            if name in everything and name not in modules:
+                first = next(other for other, module in modules.items() if module is everything[name])
+                raise ValueError(f"stage {name!r} is the very module {first!r}, and a shared module cannot be a stage")
             if name not in modules:
                 near = difflib.get_close_matches(str(name), modules, n=5, cutoff=0.5) or list(modules)[:10]
                 raise ValueError(f"the model has no stage {name!r}; near names: {', '.join(near)}")

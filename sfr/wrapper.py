@@ -189,16 +189,18 @@ class SFRWrapper(nn.Module):
         named = self._stage_names is not None
         with StageFinder(self._model, self._config) as finder:
             output = self._recorded_forward(*args, **kwargs) if named else self._model(*args, **kwargs)
-        self._learn_from(finder)
+        features = self._learn_from(finder)
         if not named:
-            self._recorder.features = {name: stage.feature for name, stage in finder.found().items()}
+            self._recorder.features = features
         return output
 
-    def _learn_from(self, finder: StageFinder) -> None:
-        """Take over what a watched forward has shown."""
-        if self._stage_names is None:
-            self._tap({name: stage.module for name, stage in finder.found().items()})
+    def _learn_from(self, finder: StageFinder) -> dict[str, Tensor]:
+        """Take over what a watched forward has shown, and return the features of the stages it was to find."""
+        found = finder.found() if self._stage_names is None else {}
+        if found:
+            self._tap({name: stage.module for name, stage in found.items()})
         self._views = finder.views(self._stage_names or ())
+        return {name: stage.feature for name, stage in found.items()}
 
     def _discover_from(self, example_input: Any) -> None:
         args, kwargs = split_arguments(example_input)
