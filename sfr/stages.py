@@ -73,7 +73,10 @@ def infer_layout(stage: nn.Module, feature: Tensor, layer: nn.Module | None = No
     if feature.ndim == 2:
         return "vector"
     if not 3 <= feature.ndim <= 5:
-        raise ValueError(f"has shape {tuple(feature.shape)}, which is no known layout; state layout=...")
+        raise ValueError(
+            f"has shape {tuple(feature.shape)}, which is no known layout: (B, C), (B, N, C), or channels first or last "
+            "with up to three spatial axes; tap a submodule with such an output, with stages=[...]"
+        )
     last_axis: Layout = "tokens" if feature.ndim == 3 else "channels_last"
     layers: list[nn.Module] = [
         module for module in stage.modules() if isinstance(module, (_ConvNd, nn.Linear, nn.LayerNorm))

@@ -39,7 +39,8 @@ def test_the_report_shows_the_tokens_dropped_and_the_nodes_of_the_rest():
 
 
 def test_the_report_takes_the_logits_out_of_a_model_output():
-    config = ViTConfig(16, 2, 2, 32, image_size=32, patch_size=8, num_labels=10)
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = ViTConfig(image_size=32, patch_size=8, num_labels=10, **small)
     report = sfr.SFRWrapper(ViTForImageClassification(config)).report({"pixel_values": torch.zeros(2, 3, 32, 32)})
     assert [row.dropped for row in report.stages] == [1, 1]
 

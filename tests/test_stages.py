@@ -76,6 +76,25 @@ def test_a_model_with_less_than_two_stages_is_an_error_that_says_what_to_do(net)
     assert not any(module._forward_hooks for module in net.modules())
 
 
+def test_a_model_whose_stages_cannot_be_found_works_with_those_named(batch):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(768, 32), nn.ReLU(), nn.Linear(32, 10))
+    with pytest.raises(ValueError, match=r"two are needed.*stages=\["):
+        sfr.SFRWrapper(net, example_input=batch[0])
+    model = sfr.SFRWrapper(net, stages=["1", "2"])
+    train(model, batch[0])
+    assert model.views == {"1": View("vector"), "2": View("vector")}
+
+
+def test_a_layout_that_cannot_be_told_can_be_stated(batch):
+    """The channels are as many as the rows, and no layer tells which axis is theirs."""
+    net = Classifier(nn.Conv2d(3, 16, 3, padding=1), Part(lambda x: x.permute(0, 2, 3, 1)), width=16)
+    for layout, expected in (("auto", "channels_first"), ("channels_last", "channels_last")):
+        model = sfr.SFRWrapper(net, stages=["body.0", "body.1"], layout=layout)
+        train(model, batch[0])
+        assert model.views["body.1"] == View(expected)
+        model.unwrap()
+
+
 def test_stages_can_be_named(make_net):
     assert sfr.SFRWrapper(make_net(), stages=["0", "4"]).stage_names == ("0", "4")
 
