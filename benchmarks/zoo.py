@@ -73,7 +73,8 @@ def zoo(known: dict[str, str]) -> Iterator[tuple[str, str]]:
         for name in torchvision.models.list_models(module=module):
             yield group, name
     for family in timm.list_modules():
-        known.setdefault(family, smallest(family))
+        if family not in known:
+            known[family] = smallest(family)
         yield f"timm.{family}", known[family]
 
 
