@@ -152,7 +152,7 @@ class SFRLoss(nn.Module):
     def view_of(self, name: str, feature: Tensor) -> View:
         """Return how a stage's output is read: as the configuration states, or else as seen or inferred."""
         if name not in self._views:
-            seen = self._model.views.get(name)
+            seen = self._model.stage_views.get(name)
             self._views[name] = seen or assumed_view(self._model.stage(name), feature, self.config)
         return self._views[name]
 

@@ -101,7 +101,7 @@ class SFRWrapper(nn.Module):
         return self._stage_names
 
     @property
-    def views(self) -> Mapping[str, View]:
+    def stage_views(self) -> Mapping[str, View]:
         """How the output of each stage is read, as far as a watched forward has shown it."""
         return self._views or {}
 

@@ -283,7 +283,7 @@ def check(model, stages, views):
     names = model.stage_names
     assert len(names) == len(stages), names
     assert all(map(re.fullmatch, stages, names)), names
-    assert [model.views[name] for name in names] == views
+    assert [model.stage_views[name] for name in names] == views
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -82,7 +82,7 @@ def test_a_model_whose_stages_cannot_be_found_works_with_those_named(batch):
         sfr.SFRWrapper(net, example_input=batch[0])
     model = sfr.SFRWrapper(net, stages=["1", "2"])
     train(model, batch[0])
-    assert model.views == {"1": View("vector"), "2": View("vector")}
+    assert model.stage_views == {"1": View("vector"), "2": View("vector")}
 
 
 def test_a_layout_that_cannot_be_told_can_be_stated(batch):
@@ -91,7 +91,7 @@ def test_a_layout_that_cannot_be_told_can_be_stated(batch):
     for layout, expected in (("auto", "channels_first"), ("channels_last", "channels_last")):
         model = sfr.SFRWrapper(net, stages=["body.0", "body.1"], layout=layout)
         train(model, batch[0])
-        assert model.views["body.1"] == View(expected)
+        assert model.stage_views["body.1"] == View(expected)
         model.unwrap()
 
 
@@ -235,7 +235,7 @@ def test_stages_hold_for_images_of_other_sizes():
 def test_tokens_of_images_of_other_sizes_lose_the_same_prefix():
     vit = VisionTransformer(32, 8, embed_dim=16, depth=2, num_heads=2, num_classes=10, dynamic_img_size=True)
     model = sfr.SFRWrapper(vit, example_input=torch.zeros(1, 3, 32, 32))
-    assert model.views["blocks.1"] == View("tokens", 1, (4, 4))
+    assert model.stage_views["blocks.1"] == View("tokens", 1, (4, 4))
     for size, nodes in ((32, 16), (24, 9), (48, 16)):
         report = model.report(torch.randn(2, 3, size, size), repeats=1)
         assert report.pairs[0].nodes == (nodes, nodes)
@@ -318,7 +318,7 @@ def test_a_stated_number_of_prefix_tokens_wins(stages):
     vit = VisionTransformer(32, 8, embed_dim=16, depth=2, num_heads=2, num_classes=10)
     model = sfr.SFRWrapper(vit, stages=stages, prefix_tokens=8)
     train(model, torch.randn(2, 3, 32, 32))
-    assert model.views["blocks.0"] == View("tokens", 8, (4, 4))
+    assert model.stage_views["blocks.0"] == View("tokens", 8, (4, 4))
 
 
 def test_more_prefix_tokens_than_tokens_are_an_error_that_names_the_stage():
@@ -332,7 +332,7 @@ def test_named_stages_lose_their_prefix_tokens_too():
     vit = VisionTransformer(32, 8, embed_dim=16, depth=3, num_heads=2, num_classes=10)
     model = sfr.SFRWrapper(vit, stages=["blocks.0", "blocks.2"])
     train(model, torch.randn(2, 3, 32, 32))
-    assert list(model.views.values()) == [View("tokens", 1, (4, 4))] * 2
+    assert list(model.stage_views.values()) == [View("tokens", 1, (4, 4))] * 2
 
 
 def test_the_view_of_a_forward_that_nobody_watched_is_inferred_or_an_error_that_says_what_to_state():
