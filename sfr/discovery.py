@@ -212,8 +212,9 @@ class StageFinder:
         # Attention maps and other large maps on the way would cut the hierarchy short; they are in no longest chain.
         chains: list[list[Sighting]] = []
         for level in levels:
-            before = [chain for chain in chains if chain[-1].cells > LEVEL_RATIO * level.cells]
-            chains.append([*max(before, key=len, default=[]), level])
+            before = [chain for chain in reversed(chains) if chain[-1].cells > LEVEL_RATIO * level.cells]
+            longest = max(before, key=lambda chain: (len(chain), -self._depth(chain[-1])[0]), default=[])
+            chains.append([*longest, level])
         return max(reversed(chains), key=len)
 
     def _layers(self, sightings: list[Sighting]) -> list[Sighting]:

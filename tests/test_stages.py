@@ -306,6 +306,82 @@ def test_attention_maps_and_pooled_maps_inside_a_block_are_no_stages(batch):
     assert model.stage_names == ("body.0", "body.1", "body")
 
 
+def test_resolutions_that_differ_by_a_border_are_one_level(batch):
+    model = sfr.SFRWrapper(Classifier(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, 2)))
+    train(model, batch[0])
+    assert model.stage_names == ("body.1", "body")
+
+
+class Block(nn.Module):
+    """Residual, around any layer; optionally with its input as a second output."""
+
+    def __init__(self, layer, twofold=False):
+        super().__init__()
+        self.layer, self.twofold = layer, twofold
+
+    def forward(self, x):
+        y = x + self.layer(x)
+        return (y, x) if self.twofold else y
+
+
+def test_a_few_equal_blocks_do_not_hide_the_other_resolutions(batch):
+    def conv(stride):
+        return nn.Conv2d(8, 8, 3, stride, 1)
+
+    body = nn.Conv2d(3, 8, 3, 1, 1), conv(1), conv(2), Block(conv(1)), Block(conv(1)), conv(2), conv(1)
+    model = sfr.SFRWrapper(Classifier(*body))
+    train(model, batch[0])
+    assert model.stage_names == ("body.1", "body.4", "body")
+
+
+def test_of_blocks_inside_one_another_the_outer_ones_are_stages(batch):
+    def block():
+        return Block(Block(nn.Linear(32, 32)))
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(768, 32), block(), block(), nn.Linear(32, 10))
+    model = sfr.SFRWrapper(net)
+    train(model, batch[0])
+    assert model.stage_names == ("2", "3")
+
+
+def test_a_block_of_several_outputs_is_looked_into(batch):
+    """Which of its outputs is the stage nobody can tell; that its parts lie deeper than the stem does not count."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.down = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 2, 1)
+            self.block1, self.block2 = (Block(nn.Conv2d(8, 8, 3, 1, 1), twofold=True) for _ in range(2))
+            self.fc = nn.Linear(8, 10)
+
+        def forward(self, x):
+            x, _ = self.block1(self.stem(x))
+            x, _ = self.block2(self.down(x))
+            return self.fc(x.mean((2, 3)))
+
+    model = sfr.SFRWrapper(Net())
+    train(model, batch[0])
+    assert model.stage_names == ("block1.layer", "block2.layer")
+
+
+def test_merged_tokens_keep_their_prefix():
+    class Merging(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches, self.blocks = nn.Conv2d(3, 8, 4, 4), nn.ModuleList(Block(nn.Linear(8, 8)) for _ in range(2))
+            self.fc = nn.Linear(8, 10)
+
+        def forward(self, x):
+            tokens = self.patches(x).flatten(2).transpose(1, 2)
+            tokens = self.blocks[0](torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1))
+            merged = tokens[:, 1:].unflatten(1, (4, 4))[:, ::2, ::2].flatten(1, 2)
+            return self.fc(self.blocks[1](torch.cat([tokens[:, :1], merged], dim=1))[:, 0])
+
+    model = sfr.SFRWrapper(Merging())
+    train(model, torch.randn(2, 3, 16, 16))
+    assert model.stage_views == {"blocks.0": View("tokens", 1, (4, 4)), "blocks.1": View("tokens", 1, (4, 4))}
+
+
 def test_layers_at_one_resolution_are_stages_evenly_spaced_in_depth(batch):
     body = [part for _ in range(9) for part in (nn.LazyConv2d(8, 3, padding=1), nn.ReLU())]
     model = sfr.SFRWrapper(Classifier(*body), example_input=batch[0])
