@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import multiprocessing
+import re
 import resource
 import sys
 import time
@@ -40,6 +41,12 @@ TORCHVISION = {
     "torchvision.segmentation": torchvision.models.segmentation,
     "torchvision.video": torchvision.models.video,
 }
+TITLES = {
+    "torchvision": "torchvision, classification",
+    r"torchvision\.segmentation": "torchvision, segmentation (logits averaged over pixels)",
+    r"torchvision\.video": "torchvision, video",
+    r"timm\.[^/]*": "timm, the smallest model of each module",
+}
 SIZES = (64, 96, 128, 160, 192, 224, 256, 288, 299, 384)
 FRAMES = {"torchvision.video": (16,)}
 
@@ -53,16 +60,17 @@ def main() -> None:
     torch.set_num_threads(1)
     record: Record = {"smallest": {}, "models": {}}
     where = environment(torch.device("cpu"))
+    where["versions"]["timm"] = timm.__version__
     if args.output.exists():
         record = json.loads(args.output.read_text())
     if not args.report:
         for group, name in zoo(record["smallest"]):
-            if any(part in name for part in args.only) if args.only else name not in record["models"]:
-                result = {"group": group} | isolated(name, group, args)
-                record["models"][name] = result
+            key = f"{group}/{name}"
+            if any(part in key for part in args.only) if args.only else key not in record["models"]:
+                record["models"][key] = result = isolated(name, group, args)
                 record["environment"] = where
                 args.output.write_text(json.dumps(record, indent=1) + "\n")
-                print(row(name, result), flush=True)
+                print(row(key, result), flush=True)
     args.page.write_text(page(record))
     print(f"wrote {args.output} and {args.page}")
 
@@ -229,26 +237,23 @@ def passes(result: Record) -> bool:
 def page(record: Record) -> str:
     """Return the page of all results in Markdown."""
     results = record["models"]
-    groups = {
-        "torchvision, classification": [name for name in results if results[name]["group"] == "torchvision"],
-        "torchvision, segmentation (logits averaged over pixels)": [
-            name for name in results if results[name]["group"] == "torchvision.segmentation"
-        ],
-        "torchvision, video": [name for name in results if results[name]["group"] == "torchvision.video"],
-        "timm, the smallest model of each module": [
-            name for name in results if results[name]["group"].startswith("timm.")
-        ],
-    }
+    groups = {title: [key for key in results if re.fullmatch(f"{group}/.*", key)] for group, title in TITLES.items()}
     where = record["environment"]
     lines = [HEAD.format(**where["versions"], **where)]
     for title, names in groups.items():
         if names:
             passed = sum(passes(results[name]) for name in names)
-            lines += [f"| {title} | {passed} of {len(names)} | {passed / len(names):.1%} |"]
+            lines += [f"| {title} | {in_all(title)} | {len(names)} | {passed} | {passed / len(names):.1%} |"]
     for title, names in groups.items():
         if names:
             lines += ["", f"## {title}", "", TABLE, *(row(name, results[name]) for name in names)]
     return "\n".join(lines) + "\n"
+
+
+def in_all(title: str) -> int:
+    """Return how many models of a group there are, tried or not."""
+    group = next(group for group, known in TITLES.items() if known == title).replace("\\", "")
+    return len(torchvision.models.list_models(TORCHVISION[group]) if group in TORCHVISION else timm.list_modules())
 
 
 HEAD = """# Models
@@ -266,14 +271,15 @@ at one resolution (transformers, mixers) four blocks are taken, evenly spaced in
 each resolution, of the outermost module; of a model without resolutions the hidden layers. Class, distillation and
 register tokens, which are those beyond the cells of the map that the tokens come from, are dropped.
 
-| models | pass with no argument | |
-|---|---|---|"""
+| models | there are | tried | pass with no argument | of those tried |
+|---|---|---|---|---|"""
 TABLE = """| model | stages found | layout | pairs | feature term | least gradient | time |
 |---|---|---|---|---|---|---|"""
 
 
-def row(name: str, result: Record) -> str:
+def row(key: str, result: Record) -> str:
     """Return a model's line of the table."""
+    name = key.rpartition("/")[2]
     if "error" in result:
         error = " ".join(result["error"].split())
         helped = result.get("with_argument", {})
