@@ -49,7 +49,9 @@ class SFRConfig:
     Args:
         stages: names of the submodules to tap (a sequence), a regular expression that their full names match (a
             string), or None to discover them: the last output at each spatial resolution.
-        layout: memory layout of the stage outputs; "auto" infers it from the kind of the stage.
+        layout: memory layout of the stage outputs; "auto" infers it from their shape and the layers of the stage.
+        prefix_tokens: tokens in front of a sequence that are no local features (class, distillation, register tokens)
+            and are dropped, >= 0; "auto" counts those beyond the map that the sequence comes from.
         weight: λ of the feature term, >= 0. Tf-FD uses 0.005 with plain l2; 0 switches the feature term off.
         warmup: training steps (calls of the criterion) over which λ rises linearly from 0, >= 0.
         pairs: which deep stage supervises which shallow one: "all" (every i < j, as Tf-FD), "last" (the deepest
@@ -81,6 +83,7 @@ class SFRConfig:
 
     stages: str | Sequence[str] | None = None
     layout: Layout = "auto"
+    prefix_tokens: int | Literal["auto"] = "auto"
     weight: float = 0.05
     warmup: int = 0
     pairs: Pairs | Sequence[tuple[int | str, int | str]] = "all"
@@ -106,6 +109,8 @@ class SFRConfig:
         check_choice("solver", self.solver, Solver)
         check_choice("smoothing", self.smoothing, Smoothing)
         check_choice("update", self.update, Update)
+        if self.prefix_tokens != "auto":
+            check_number("prefix_tokens", self.prefix_tokens, 0, whole=True)
         check_number("weight", self.weight, 0)
         check_number("warmup", self.warmup, 0, whole=True)
         check_number("max_grid", self.max_grid, 1, whole=True)

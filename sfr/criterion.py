@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from sfr.compiling import eager
 from sfr.config import IGNORE_INDEX, Layout, SFRConfig
+from sfr.discovery import assumed_view
 from sfr.labels import DynamicLabelSmoothing, checked_target, cross_entropy
 from sfr.losses import emd_l2
-from sfr.nodes import Grid, common_grids, match_channels, spatial_shape, to_nodes
-from sfr.stages import infer_layout, resolve_pairs
+from sfr.nodes import Grid, View, as_map, common_grids, match_channels, spatial_shape, to_nodes
+from sfr.stages import resolve_pairs
 from sfr.wrapper import SFRWrapper
 
 # How often the flag of non-finite features is read where that makes the host wait for the device.
@@ -100,7 +101,7 @@ class SFRLoss(nn.Module):
         )
         self.step = 0
         self.last: LossParts | None = None
-        self._layouts: dict[str, Layout] = {}
+        self._views: dict[str, View] = {}
         self._nonfinite = None
         self._warned = False
 
@@ -161,27 +162,34 @@ class SFRLoss(nn.Module):
         """Take over the class means of the epoch; needed with ``update="epoch"`` only."""
         self.labels.end_epoch()
 
-    def layout_of(self, name: str, feature: Tensor) -> Layout:
-        """Return the layout of a stage's output: the one stated in the configuration, or else inferred."""
-        if self.config.layout != "auto":
-            return self.config.layout
-        if name not in self._layouts:
-            try:
-                self._layouts[name] = infer_layout(self._model.stage(name), feature)
-            except ValueError as error:
-                raise ValueError(f"stage {name!r} {error}") from None
-        return self._layouts[name]
+    def map_of(self, name: str, feature: Tensor) -> tuple[Tensor, Layout]:
+        """Return a stage's output without its prefix tokens, as a map, and the layout of that.
+
+        Raises:
+            ValueError: naming the stage, if its output cannot be read so.
+        """
+        try:
+            return as_map(feature, self.view_of(name, feature))
+        except ValueError as error:
+            raise ValueError(f"stage {name!r} {error}") from None
+
+    def view_of(self, name: str, feature: Tensor) -> View:
+        """Return how a stage's output is read: as the configuration states, or else as seen or inferred."""
+        if name not in self._views:
+            seen = self._model.stage_views.get(name)
+            self._views[name] = seen or assumed_view(self._model.stage(name), feature, self.config)
+        return self._views[name]
 
     def _feature_terms(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the feature term of every pair."""
         config, names = self.config, list(features)
-        layouts = {name: self.layout_of(name, feature) for name, feature in features.items()}
-        shapes = {name: spatial_shape(feature, layouts[name]) for name, feature in features.items()}
+        maps = {name: self.map_of(name, feature) for name, feature in features.items()}
+        shapes = {name: spatial_shape(*stage_map) for name, stage_map in maps.items()}
         pooled: dict[tuple[str, Grid], tuple[Tensor, Tensor]] = {}
 
         def nodes_of(name: str, grid: Grid) -> tuple[Tensor, Tensor]:
             if (name, grid) not in pooled:
-                pooled[name, grid] = self._finite(to_nodes(features[name], layouts[name], grid))
+                pooled[name, grid] = self._finite(to_nodes(*maps[name], grid))
             return pooled[name, grid]
 
         terms = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,21 @@ from torch import Tensor
 from sfr.config import Grouping, Layout
 
 Grid = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class View:
+    """How the output of a stage is read.
+
+    Args:
+        layout: its memory layout.
+        prefix: tokens in front that are no local features (class, distillation, register tokens); they are dropped.
+        grid: shape of a map with the proportions of the one the tokens come from; () for a plain sequence.
+    """
+
+    layout: Layout
+    prefix: int = 0
+    grid: Grid = ()
 
 
 def spatial_shape(feature: Tensor, layout: Layout) -> Grid:
@@ -31,6 +47,40 @@ def spatial_shape(feature: Tensor, layout: Layout) -> Grid:
     if not low <= feature.ndim <= high:
         raise ValueError(f"layout {layout!r} needs {low} to {high} axes; got shape {tuple(feature.shape)}")
     return tuple(feature.shape[2:] if layout == "channels_first" else feature.shape[1:-1])
+
+
+def as_map(feature: Tensor, view: View) -> tuple[Tensor, Layout]:
+    """Return a stage output without its prefix tokens, tokens of an image laid out as its map; and the layout of that.
+
+    Raises:
+        ValueError: if there are no more tokens than prefix tokens.
+
+    Example:
+        >>> feature, layout = as_map(torch.zeros(2, 197, 192), View("tokens", prefix=1, grid=(14, 14)))
+        >>> feature.shape, layout
+        (torch.Size([2, 14, 14, 192]), 'channels_last')
+    """
+    if view.layout != "tokens" or feature.ndim != 3:
+        return feature, view.layout
+    count = feature.shape[1] - view.prefix
+    if count < 1:
+        raise ValueError(f"has {feature.shape[1]} tokens, of which prefix_tokens={view.prefix} leave none")
+    return feature[:, view.prefix :].unflatten(1, token_grid(count, view.grid)), "channels_last"
+
+
+def token_grid(count: int, grid: Grid) -> Grid:
+    """Return the shape of `count` tokens on a grid of the same proportions, or as one axis if they fit none.
+
+    Example:
+        >>> token_grid(49, (14, 14)), token_grid(50, (14, 14)), token_grid(49, ())
+        ((7, 7), (50,), (49,))
+    """
+    if grid:
+        scale = (count / cells(grid)) ** (1 / len(grid))
+        scaled = tuple(round(size * scale) for size in grid)
+        if cells(scaled) == count:
+            return scaled
+    return (count,)
 
 
 def common_grids(shallow: Grid, deep: Grid, max_grid: int) -> tuple[Grid, Grid]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfr.criterion import SFRLoss
+from sfr.discovery import logits_in
 from sfr.measure import StepCost, compare_steps
 from sfr.nodes import cells, common_grids, match_channels, spatial_shape, to_nodes
 from sfr.stages import resolve_pairs
@@ -21,12 +22,13 @@ from sfr.wrapper import SFRWrapper, split_arguments
 
 @dataclass(frozen=True)
 class StageRow:
-    """One tapped stage: its name, the kind of module, the shape of its output, and the layout taken."""
+    """One tapped stage: its name, the kind of module, the shape of its output, the layout taken, tokens dropped."""
 
     name: str
     kind: str
     shape: tuple[int, ...]
     layout: str
+    dropped: int
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ class Report:
         return self.sfr.peak_bytes / max(1, self.plain.peak_bytes)
 
     def __str__(self) -> str:
-        stages = [(row.name, row.kind, "x".join(map(str, row.shape)), row.layout) for row in self.stages]
+        stages = [
+            (row.name, row.kind, "x".join(map(str, row.shape)), row.layout, row.dropped or "") for row in self.stages
+        ]
         pairs = [
             (row.shallow, row.deep, f"{row.nodes[0]} x {row.nodes[1]}", row.channels, row.segments)
             for row in self.pairs
@@ -77,7 +81,7 @@ class Report:
         times, peaks = (self.plain.median, self.sfr.median), (self.plain.peak_bytes, self.sfr.peak_bytes)
         return "\n".join(
             [
-                _table(("stage", "module", "output", "layout"), stages),
+                _table(("stage", "module", "output", "layout", "tokens dropped"), stages),
                 "",
                 _table(("shallow", "supervised by", "nodes", "channels", "segments"), pairs),
                 "",
@@ -99,7 +103,7 @@ def report(model: SFRWrapper, example_input: Any, repeats: int = 5) -> Report:
     Args:
         model: the wrapped model; stages not yet discovered are.
         example_input: arguments of one forward, best a batch of the size to be trained with: a tensor, a tuple or a
-            dict. The model must return logits (B, K).
+            dict. The model must return logits, or an output with ``logits`` or that begins with them.
         repeats: timed steps of each kind, >= 1.
 
     Returns:
@@ -108,19 +112,26 @@ def report(model: SFRWrapper, example_input: Any, repeats: int = 5) -> Report:
     args, kwargs = split_arguments(example_input)
     criterion = SFRLoss(model)
     criterion.labels.sync = False
+
+    def forward() -> Tensor:
+        logits = logits_in(model(*args, **kwargs))
+        if logits is None:
+            raise TypeError("the model returns no logits: no floating-point tensor is in its output")
+        return logits
+
     with _unchanged(model):
-        logits = model(*args, **kwargs)
-        target = torch.randint(logits.shape[1], (logits.shape[0],), device=logits.device)
+        logits = forward()
+        target = torch.randint(logits.shape[1], (len(logits), *logits.shape[2:]), device=logits.device)
         features = model.take_features(logits)
         stages, pairs = _describe(criterion, features)
 
         def plain_step() -> None:
             with model.disable():
-                logits = model(*args, **kwargs)
+                logits = forward()
             F.cross_entropy(logits, target).backward()
 
         def sfr_step() -> None:
-            criterion(model(*args, **kwargs), target).backward()
+            criterion(forward(), target).backward()
 
         costs = compare_steps({"plain": plain_step, "sfr": sfr_step}, logits.device, repeats)
     solver: str = criterion.config.solver
@@ -131,23 +142,18 @@ def report(model: SFRWrapper, example_input: Any, repeats: int = 5) -> Report:
 
 def _describe(criterion: SFRLoss, features: dict[str, Tensor]) -> tuple[tuple[StageRow, ...], tuple[PairRow, ...]]:
     config, model = criterion.config, criterion.model
-    layouts = {name: criterion.layout_of(name, feature) for name, feature in features.items()}
+    views = {name: criterion.view_of(name, feature) for name, feature in features.items()}
     stages = tuple(
-        StageRow(name, type(model.stage(name)).__name__, tuple(feature.shape), layouts[name])
+        StageRow(name, type(model.stage(name)).__name__, tuple(feature.shape), views[name].layout, views[name].prefix)
         for name, feature in features.items()
     )
+    maps = {name: criterion.map_of(name, feature[:1]) for name, feature in features.items()}
     pairs = []
     names = list(features)
     for i, j in resolve_pairs(config.pairs, names):
-        shallow, deep = features[names[i]][:1], features[names[j]][:1]
-        grids = common_grids(
-            spatial_shape(shallow, layouts[names[i]]), spatial_shape(deep, layouts[names[j]]), config.max_grid
-        )
-        _, matched = match_channels(
-            to_nodes(shallow, layouts[names[i]], grids[0]),
-            to_nodes(deep, layouts[names[j]], grids[1]),
-            config.grouping,
-        )
+        shallow, deep = maps[names[i]], maps[names[j]]
+        grids = common_grids(spatial_shape(*shallow), spatial_shape(*deep), config.max_grid)
+        _, matched = match_channels(to_nodes(*shallow, grids[0]), to_nodes(*deep, grids[1]), config.grouping)
         sizes = (cells(grids[0]), cells(grids[1]))
         pairs.append(PairRow(names[i], names[j], sizes, matched.shape[2], matched.shape[0]))
     return stages, tuple(pairs)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from sfr.compiling import eager
 from sfr.config import SFRConfig
-from sfr.stages import StageFinder, find_stages
+from sfr.discovery import StageFinder
+from sfr.nodes import View
+from sfr.stages import find_stages
 from sfr.taps import Recorder, Tap
 
 if TYPE_CHECKING:
@@ -27,8 +29,9 @@ class SFRWrapper(nn.Module):
     model and back; attributes it does not have itself are read from and written to the model. In evaluation mode and
     under ``torch.no_grad()`` nothing is recorded.
 
-    Stages not named in the configuration are discovered: from `example_input` if given, else in the first training
-    forward, at no extra cost. Under ``torch.compile`` that forward runs eagerly; with ``fullgraph=True`` it cannot.
+    Stages not named in the configuration are discovered, and how the outputs of stages are read (layout, class tokens)
+    is seen: in a forward of `example_input` if given, else in the first training forward, at no extra cost. Under
+    ``torch.compile`` that forward runs eagerly; with ``fullgraph=True`` it cannot.
 
     Args:
         model: any ``nn.Module``; wrap it before DDP, FSDP or ``accelerator.prepare``, before or after
@@ -55,6 +58,7 @@ class SFRWrapper(nn.Module):
     _config: SFRConfig
     _recorder: Recorder
     _stage_names: tuple[str, ...] | None
+    _views: dict[str, View] | None
     _disabled: bool
     # Tells Hugging Face's Trainer that the forward takes no arguments but the model's: the loss is not computed there.
     accepts_loss_kwargs = False
@@ -84,10 +88,11 @@ class SFRWrapper(nn.Module):
         self._config = dataclasses.replace(config or SFRConfig(), **overrides)
         self._recorder = Recorder()
         self._stage_names = None
+        self._views = None
         self._disabled = False
         if self._config.stages is not None:
             self._tap(find_stages(model, self._config.stages))
-        elif example_input is not None:
+        if example_input is not None:
             self._discover_from(example_input)
 
     @property
@@ -100,6 +105,11 @@ class SFRWrapper(nn.Module):
         """Names of the tapped submodules; None before they are discovered."""
         return self._stage_names
 
+    @property
+    def stage_views(self) -> Mapping[str, View]:
+        """How the output of each stage is read, as far as a watched forward has shown it."""
+        return self._views or {}
+
     def stage(self, name: str) -> nn.Module:
         """Return a tapped submodule by its name."""
         return self._model.get_submodule(name)
@@ -109,9 +119,13 @@ class SFRWrapper(nn.Module):
         if self._disabled or not self._model.training or not torch.is_grad_enabled():
             self._recorder.abort()
             return self._model(*args, **kwargs)
-        if self._stage_names is None:
+        named = self._stage_names is not None
+        if self._views is None and not (named and torch.compiler.is_compiling()):
             # PyTorch's error shows the next line, with its hint, if torch.compile must not leave the graph.
             return self._discovering_forward(*args, **kwargs)  # with fullgraph=True pass example_input= or stages=
+        return self._recorded_forward(*args, **kwargs)
+
+    def _recorded_forward(self, *args: Any, **kwargs: Any) -> Any:
         self._recorder.begin()
         try:
             output = self._model(*args, **kwargs)
@@ -161,7 +175,7 @@ class SFRWrapper(nn.Module):
     def unwrap(self) -> nn.Module:
         """Take the taps off and return the very model that was wrapped."""
         self._recorder.detach()
-        self._stage_names = ()
+        self._stage_names, self._views = (), {}
         return self._model
 
     def report(self, *args: Any, **kwargs: Any) -> Report:
@@ -176,24 +190,34 @@ class SFRWrapper(nn.Module):
 
     @eager
     def _discovering_forward(self, *args: Any, **kwargs: Any) -> Any:
-        with StageFinder(self._model) as finder:
-            output = self._model(*args, **kwargs)
-        found = finder.found()
-        self._tap({name: module for name, (module, _) in found.items()})
-        self._recorder.features = {name: feature for name, (_, feature) in found.items()}
+        """Run the first training forward and watch it."""
+        named = self._stage_names is not None
+        with StageFinder(self._model, self._config) as finder:
+            output = self._recorded_forward(*args, **kwargs) if named else self._model(*args, **kwargs)
+        features = self._learn_from(finder)
+        if not named:
+            self._recorder.features = features
         return output
+
+    def _learn_from(self, finder: StageFinder) -> dict[str, Tensor]:
+        """Take over what a watched forward has shown, and return the features of the stages it was to find."""
+        found = finder.found() if self._stage_names is None else {}
+        if found:
+            self._tap({name: stage.module for name, stage in found.items()})
+        self._views = finder.views(self._stage_names or ())
+        return {name: stage.feature for name, stage in found.items()}
 
     def _discover_from(self, example_input: Any) -> None:
         args, kwargs = split_arguments(example_input)
         modes = [(module, module.training) for module in self._model.modules()]
         try:
             self._model.eval()
-            with torch.no_grad(), StageFinder(self._model) as finder:
+            with torch.no_grad(), StageFinder(self._model, self._config) as finder:
                 self._model(*args, **kwargs)
         finally:
             for module, mode in modes:
                 module.training = mode
-        self._tap({name: module for name, (module, _) in finder.found().items()})
+        self._learn_from(finder)
 
     # What follows makes the wrapper indistinguishable from the model to the code around it.
 

@@ -11,6 +11,7 @@ from sfr.config import SFRConfig
 FULL: dict[str, Any] = {
     "stages": ("layer1", "layer2", "layer3"),
     "layout": "channels_last",
+    "prefix_tokens": 1,
     "weight": 0.2,
     "warmup": 100,
     "pairs": ((0, 2), ("layer1", "layer2")),
@@ -92,6 +93,7 @@ def test_regular_expression_for_the_stages_stays_a_string() -> None:
     [
         ("weight", 0),
         ("weight", 1e6),
+        ("prefix_tokens", 0),
         ("warmup", 0),
         ("max_grid", 1),
         ("alpha", 0),
@@ -121,6 +123,9 @@ def test_value_at_the_end_of_its_range_is_taken(name: str, value: float) -> None
         ("weight", "0.1", TypeError),
         ("weight", True, TypeError),
         ("weight", None, TypeError),
+        ("prefix_tokens", -1, ValueError),
+        ("prefix_tokens", "none", TypeError),
+        ("prefix_tokens", 1.0, TypeError),
         ("warmup", -1, ValueError),
         ("warmup", 1.5, TypeError),
         ("warmup", True, TypeError),

@@ -8,7 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sfr.nodes import Grid, cells, channel_segments, common_grids, match_channels, spatial_shape, to_nodes
+from sfr.nodes import (
+    Grid,
+    View,
+    as_map,
+    cells,
+    channel_segments,
+    common_grids,
+    match_channels,
+    spatial_shape,
+    to_nodes,
+    token_grid,
+)
 
 PROFILE = settings(max_examples=40, deadline=None, database=None, derandomize=True)
 
@@ -97,6 +108,44 @@ def test_nodes_of_tokens_are_means_over_neighbouring_tokens(count: int, grid: in
 def test_nodes_of_tokens_at_full_count_are_the_tokens() -> None:
     feature = features(2, 9, 5)
     assert torch.equal(to_nodes(feature, "tokens", (9,)), feature)
+
+
+def test_tokens_of_an_image_are_its_map_row_by_row_without_the_prefix() -> None:
+    feature = features(2, 2 + 12, 5)
+    unfolded, layout = as_map(feature, View("tokens", 2, (6, 8)))
+    assert layout == "channels_last"
+    for row in range(3):
+        for column in range(4):
+            assert torch.equal(unfolded[:, row, column], feature[:, 2 + row * 4 + column])
+
+
+def test_tokens_of_a_sequence_keep_one_axis() -> None:
+    feature = features(2, 12, 5)
+    unfolded, layout = as_map(feature, View("tokens"))
+    assert torch.equal(unfolded, feature)
+    assert spatial_shape(unfolded, layout) == (12,)
+
+
+def test_any_other_layout_is_left_alone() -> None:
+    feature = features(2, 3, 4, 4)
+    assert as_map(feature, View("channels_first")) == (feature, "channels_first")
+
+
+@pytest.mark.parametrize(
+    ("count", "grid", "expected"),
+    [
+        (196, (14, 14), (14, 14)),
+        (49, (14, 14), (7, 7)),
+        (50, (14, 14), (50,)),
+        (32, (4, 8), (4, 8)),
+        (8, (4, 8), (2, 4)),
+        (27, (6, 6, 6), (3, 3, 3)),
+        (12, (12,), (12,)),
+        (12, (), (12,)),
+    ],
+)
+def test_grid_of_tokens_has_the_proportions_of_the_map(count: int, grid: Grid, expected: Grid) -> None:
+    assert token_grid(count, grid) == expected
 
 
 def test_node_of_a_vector_is_the_vector() -> None:

@@ -1,10 +1,14 @@
 """The preflight report tells what will be done, and leaves nothing behind."""
 
 import copy
+import re
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 from torchvision import models
+from transformers import ViTConfig, ViTForImageClassification
 
 import sfr
 
@@ -24,6 +28,33 @@ def test_the_report_shows_stages_pairs_and_cost(make_net, batch):
     text = str(report)
     for part in ("ReLU", "8x16x8x8", "channels_first", "4 x 4", "auto (exact on cpu)", "with SFR"):
         assert part in text
+
+
+def test_the_report_shows_the_tokens_dropped_and_the_nodes_of_the_rest():
+    vit = VisionTransformer(32, 8, embed_dim=16, depth=2, num_heads=2, num_classes=10, reg_tokens=2)
+    report = sfr.SFRWrapper(vit, max_grid=3).report(torch.zeros(2, 3, 32, 32), repeats=1)
+    assert [(row.layout, row.dropped) for row in report.stages] == [("tokens", 3)] * 2
+    assert report.pairs[0].nodes == (9, 9)
+    assert re.search(r"blocks.0 +Block +2x19x16 +tokens +3\n", str(report))
+
+
+def test_the_report_takes_the_logits_out_of_a_model_output():
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = ViTConfig(image_size=32, patch_size=8, num_labels=10, **small)
+    report = sfr.SFRWrapper(ViTForImageClassification(config)).report({"pixel_values": torch.zeros(2, 3, 32, 32)})
+    assert [row.dropped for row in report.stages] == [1, 1]
+
+
+def test_a_model_without_logits_cannot_be_reported(make_net, batch):
+    net = make_net()
+    net.append(Silent())
+    with pytest.raises(TypeError, match="no logits"):
+        sfr.SFRWrapper(net, stages=["1", "3"]).report(batch[0])
+
+
+class Silent(nn.Module):
+    def forward(self, x):
+        return None
 
 
 def test_the_report_leaves_the_model_as_it_was():

@@ -1,11 +1,14 @@
-"""Stages are found in any convolutional classifier, and named stages are checked."""
+"""Stages are found in any model, and named stages are checked; test_models.py has the kinds of model."""
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torchvision import models
 
 import sfr
+from sfr.discovery import STAGES_IN_DEPTH, assumed_view
+from sfr.nodes import View
 from sfr.stages import infer_layout, resolve_pairs
 
 TORCHVISION_STAGES = {
@@ -73,6 +76,25 @@ def test_a_model_with_less_than_two_stages_is_an_error_that_says_what_to_do(net)
     assert not any(module._forward_hooks for module in net.modules())
 
 
+def test_a_model_whose_stages_cannot_be_found_works_with_those_named(batch):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(768, 32), nn.ReLU(), nn.Linear(32, 10))
+    with pytest.raises(ValueError, match=r"two are needed.*stages=\["):
+        sfr.SFRWrapper(net, example_input=batch[0])
+    model = sfr.SFRWrapper(net, stages=["1", "2"])
+    train(model, batch[0])
+    assert model.stage_views == {"1": View("vector"), "2": View("vector")}
+
+
+def test_a_layout_that_cannot_be_told_can_be_stated(batch):
+    """The channels are as many as the rows, and no layer tells which axis is theirs."""
+    net = Classifier(nn.Conv2d(3, 16, 3, padding=1), Part(lambda x: x.permute(0, 2, 3, 1)), width=16)
+    for layout, expected in (("auto", "channels_first"), ("channels_last", "channels_last")):
+        model = sfr.SFRWrapper(net, stages=["body.0", "body.1"], layout=layout)
+        train(model, batch[0])
+        assert model.stage_views["body.1"] == View(expected)
+        model.unwrap()
+
+
 def test_stages_can_be_named(make_net):
     assert sfr.SFRWrapper(make_net(), stages=["0", "4"]).stage_names == ("0", "4")
 
@@ -120,6 +142,9 @@ def test_a_bad_pair_is_an_error(pair, message):
 @pytest.mark.parametrize(
     ("stage", "shape", "layout"),
     [
+        (nn.Sequential(nn.Conv2d(3, 8, 1), nn.Linear(3, 8)), (2, 4, 4, 8), "channels_last"),
+        (nn.Sequential(nn.Linear(3, 8), nn.Conv1d(8, 8, 1)), (2, 4, 8), "tokens"),
+        (nn.Sequential(nn.LayerNorm(8), nn.Conv2d(3, 8, 1)), (2, 8, 4, 8), "channels_first"),
         (nn.Conv2d(3, 8, 1), (2, 8, 4, 4), "channels_first"),
         (nn.ReLU(), (2, 8, 4, 4), "channels_first"),
         (nn.Conv1d(3, 8, 1), (2, 8, 4), "channels_first"),
@@ -141,3 +166,254 @@ def test_a_stage_of_unknown_layout_is_named():
     model = sfr.SFRWrapper(net, stages=["0", "1"])
     with pytest.raises(ValueError, match=r"stage '1' has shape .*layout"):
         sfr.SFRLoss(model)(model(torch.zeros(2, 3, 4, 4)), torch.tensor([0, 1]))
+
+
+def test_a_stage_without_layers_has_the_layout_of_the_layer_before_it():
+    feature = torch.zeros(2, 8, 16)
+    assert infer_layout(nn.ReLU(), feature, nn.Conv1d(3, 8, 1)) == "channels_first"
+    assert infer_layout(nn.ReLU(), feature, nn.Linear(3, 16)) == "tokens"
+
+
+def train(model, x):
+    """Return the loss of one step of a model of ten classes, and its criterion."""
+    criterion = sfr.SFRLoss(model)
+    loss = criterion(model(x), torch.arange(len(x)) % 10)
+    loss.backward()
+    return loss, criterion
+
+
+class Classifier(nn.Module):
+    """Any body, pooled to as many channels as its output has, and a classifier."""
+
+    def __init__(self, *body, width=8):
+        super().__init__()
+        self.body, self.fc = nn.Sequential(*body), nn.Linear(width, 10)
+
+    def forward(self, x):
+        return self.fc(self.body(x).mean((2, 3)))
+
+
+class Part(nn.Module):
+    """Any function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
+class Quantised(nn.Module):
+    """Codes, whole numbers and a mask beside the features."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.fc = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.Linear(8, 10)
+        self.codes, self.mask = Part(lambda x: (x * 10).long()), Part(lambda x: x > 0)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        x = x * self.mask(x) + self.codes(x) / 10
+        return self.fc(self.conv2(x).mean((2, 3)))
+
+
+def test_integer_and_boolean_outputs_are_no_stages(batch):
+    model = sfr.SFRWrapper(Quantised())
+    train(model, batch[0])
+    assert model.stage_names == ("conv1", "conv2")
+
+
+def test_stages_hold_for_images_of_other_sizes():
+    model = sfr.SFRWrapper(models.resnet18(num_classes=10))
+    for size in ((64, 64), (96, 64), (128, 160)):
+        loss, _ = train(model, torch.randn(2, 3, *size))
+        assert loss.isfinite()
+    assert model.stage_names == TORCHVISION_STAGES["resnet18"]
+
+
+def test_tokens_of_images_of_other_sizes_lose_the_same_prefix():
+    vit = VisionTransformer(32, 8, embed_dim=16, depth=2, num_heads=2, num_classes=10, dynamic_img_size=True)
+    model = sfr.SFRWrapper(vit, example_input=torch.zeros(1, 3, 32, 32))
+    assert model.stage_views["blocks.1"] == View("tokens", 1, (4, 4))
+    for size, nodes in ((32, 16), (24, 9), (48, 16)):
+        report = model.report(torch.randn(2, 3, size, size), repeats=1)
+        assert report.pairs[0].nodes == (nodes, nodes)
+        assert report.stages[0].dropped == 1
+
+
+def test_a_module_called_more_than_once_is_not_discovered(batch):
+    shared, last = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, 1)
+    first = nn.Conv2d(3, 8, 3, 2, 1)
+    model = sfr.SFRWrapper(Classifier(first, shared, shared, last))
+    train(model, batch[0])
+    assert model.stage_names == ("body.0", "body")
+
+
+def test_a_shared_module_named_by_its_second_name_is_an_error_that_names_the_first():
+    shared = nn.Conv2d(8, 8, 3, padding=1)
+    with pytest.raises(ValueError, match=r"stage 'body.2' is the very module 'body.1'"):
+        sfr.SFRWrapper(Classifier(nn.Conv2d(3, 8, 3), shared, shared), stages=["body.0", "body.2"])
+
+
+def test_a_stage_that_later_layers_change_in_place_is_recorded_as_changed(batch):
+    """As after batch normalisation: the feature is what the next layer gets, with the gradient of that."""
+    results = []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        body = nn.Conv2d(3, 8, 3), nn.ReLU(inplace), nn.Conv2d(8, 8, 3, 2), nn.ReLU(inplace)
+        # Out of place, the stage with the same values is the activation.
+        model = sfr.SFRWrapper(Classifier(*body), stages=[f"body.{0 if inplace else 1}", "body.3"], weight=1.0)
+        loss, _ = train(model, batch[0])
+        results.append((loss, [parameter.grad for parameter in model.parameters()]))
+    (changed, gradients), (expected, expected_gradients) = results
+    torch.testing.assert_close(changed, expected)
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
+def test_branches_that_do_not_lead_to_the_logits_are_no_stages(batch):
+    class Branched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk1, self.trunk2, self.fc = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.Linear(8, 10)
+            self.branch = nn.Conv2d(8, 8, 3, 4, 1)
+
+        def forward(self, x):
+            x = self.trunk1(x)
+            side, x = self.branch(x), self.trunk2(x)
+            return self.fc(x.mean((2, 3))), side
+
+    model = sfr.SFRWrapper(Branched())
+    sfr.SFRLoss(model)(model(batch[0])[0], batch[1]).backward()
+    assert model.stage_names == ("trunk1", "trunk2")
+
+
+def test_attention_maps_and_pooled_maps_inside_a_block_are_no_stages(batch):
+    class Block(nn.Module):
+        def __init__(self, stride):
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 3, stride, 1)
+            self.mixed_heads, self.pooled = nn.Conv2d(1, 1, 1), nn.Conv2d(8, 8, 3, 3, 1)
+
+        def forward(self, x):
+            x = self.conv(x)
+            rows = x.flatten(2).transpose(1, 2)
+            attention = self.mixed_heads((rows @ rows.transpose(1, 2))[:, None])[:, 0].softmax(dim=2)
+            return (attention @ rows).transpose(1, 2).reshape(x.shape) + self.pooled(x).mean((2, 3), keepdim=True)
+
+    model = sfr.SFRWrapper(Classifier(nn.Conv2d(3, 8, 3, padding=1), Block(2), Block(2)))
+    train(model, batch[0])
+    assert model.stage_names == ("body.0", "body.1", "body")
+
+
+def test_resolutions_that_differ_by_a_border_are_one_level(batch):
+    model = sfr.SFRWrapper(Classifier(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, 2)))
+    train(model, batch[0])
+    assert model.stage_names == ("body.1", "body")
+
+
+class Block(nn.Module):
+    """Residual, around any layer; optionally with its input as a second output."""
+
+    def __init__(self, layer, twofold=False):
+        super().__init__()
+        self.layer, self.twofold = layer, twofold
+
+    def forward(self, x):
+        y = x + self.layer(x)
+        return (y, x) if self.twofold else y
+
+
+def test_a_few_equal_blocks_do_not_hide_the_other_resolutions(batch):
+    def conv(stride):
+        return nn.Conv2d(8, 8, 3, stride, 1)
+
+    body = nn.Conv2d(3, 8, 3, 1, 1), conv(1), conv(2), Block(conv(1)), Block(conv(1)), conv(2), conv(1)
+    model = sfr.SFRWrapper(Classifier(*body))
+    train(model, batch[0])
+    assert model.stage_names == ("body.1", "body.4", "body")
+
+
+def test_of_blocks_inside_one_another_the_outer_ones_are_stages(batch):
+    def block():
+        return Block(Block(nn.Linear(32, 32)))
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(768, 32), block(), block(), nn.Linear(32, 10))
+    model = sfr.SFRWrapper(net)
+    train(model, batch[0])
+    assert model.stage_names == ("2", "3")
+
+
+def test_a_block_of_several_outputs_is_looked_into(batch):
+    """Which of its outputs is the stage nobody can tell; that its parts lie deeper than the stem does not count."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.down = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 2, 1)
+            self.block1, self.block2 = (Block(nn.Conv2d(8, 8, 3, 1, 1), twofold=True) for _ in range(2))
+            self.fc = nn.Linear(8, 10)
+
+        def forward(self, x):
+            x, _ = self.block1(self.stem(x))
+            x, _ = self.block2(self.down(x))
+            return self.fc(x.mean((2, 3)))
+
+    model = sfr.SFRWrapper(Net())
+    train(model, batch[0])
+    assert model.stage_names == ("block1.layer", "block2.layer")
+
+
+def test_merged_tokens_keep_their_prefix():
+    class Merging(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches, self.blocks = nn.Conv2d(3, 8, 4, 4), nn.ModuleList(Block(nn.Linear(8, 8)) for _ in range(2))
+            self.fc = nn.Linear(8, 10)
+
+        def forward(self, x):
+            tokens = self.patches(x).flatten(2).transpose(1, 2)
+            tokens = self.blocks[0](torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1))
+            merged = tokens[:, 1:].unflatten(1, (4, 4))[:, ::2, ::2].flatten(1, 2)
+            return self.fc(self.blocks[1](torch.cat([tokens[:, :1], merged], dim=1))[:, 0])
+
+    model = sfr.SFRWrapper(Merging())
+    train(model, torch.randn(2, 3, 16, 16))
+    assert model.stage_views == {"blocks.0": View("tokens", 1, (4, 4)), "blocks.1": View("tokens", 1, (4, 4))}
+
+
+def test_layers_at_one_resolution_are_stages_evenly_spaced_in_depth(batch):
+    body = [part for _ in range(9) for part in (nn.LazyConv2d(8, 3, padding=1), nn.ReLU())]
+    model = sfr.SFRWrapper(Classifier(*body), example_input=batch[0])
+    assert model.stage_names == ("body.3", "body.7", "body.11", "body")
+    assert len(model.stage_names) == STAGES_IN_DEPTH
+
+
+@pytest.mark.parametrize("stages", [None, r"blocks\.."])
+def test_a_stated_number_of_prefix_tokens_wins(stages):
+    vit = VisionTransformer(32, 8, embed_dim=16, depth=2, num_heads=2, num_classes=10)
+    model = sfr.SFRWrapper(vit, stages=stages, prefix_tokens=8)
+    train(model, torch.randn(2, 3, 32, 32))
+    assert model.stage_views["blocks.0"] == View("tokens", 8, (4, 4))
+
+
+def test_more_prefix_tokens_than_tokens_are_an_error_that_names_the_stage():
+    vit = VisionTransformer(32, 8, embed_dim=16, depth=2, num_heads=2, num_classes=10)
+    model = sfr.SFRWrapper(vit, stages=["blocks.0", "blocks.1"], prefix_tokens=17)
+    with pytest.raises(ValueError, match=r"stage 'blocks.0' has 17 tokens, of which prefix_tokens=17 leave none"):
+        train(model, torch.randn(2, 3, 32, 32))
+
+
+def test_named_stages_lose_their_prefix_tokens_too():
+    vit = VisionTransformer(32, 8, embed_dim=16, depth=3, num_heads=2, num_classes=10)
+    model = sfr.SFRWrapper(vit, stages=["blocks.0", "blocks.2"])
+    train(model, torch.randn(2, 3, 32, 32))
+    assert list(model.stage_views.values()) == [View("tokens", 1, (4, 4))] * 2
+
+
+def test_the_view_of_a_forward_that_nobody_watched_is_inferred_or_an_error_that_says_what_to_state():
+    assert assumed_view(nn.Conv2d(3, 8, 1), torch.zeros(2, 8, 4, 4), sfr.SFRConfig()) == View("channels_first")
+    tokens = nn.Linear(3, 8), torch.zeros(2, 5, 8)
+    assert assumed_view(*tokens, sfr.SFRConfig(prefix_tokens=1)) == View("tokens", 1)
+    with pytest.raises(ValueError, match=r"example_input=.*prefix_tokens="):
+        assumed_view(*tokens, sfr.SFRConfig())
