@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 
 from sfr.config import SFRConfig
 from sfr.nodes import Grid, View, cells, spatial_shape, token_grid
@@ -104,21 +103,23 @@ class StageFinder:
         self._gradient = True
         self._batch: int | None = None
         self._logits: Tensor | None = None
-        self._handles: list[RemovableHandle] = []
+        self._open = ExitStack()
 
     def __enter__(self) -> StageFinder:
         self._gradient = torch.is_grad_enabled()
-        self._handles.append(self._model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        # Compiled parts of the model run eagerly meanwhile: the hooks are for this forward only.
+        self._open.enter_context(torch.compiler.set_stance("force_eager"))
+        hooks = [self._model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for name, module in self._model.named_modules():
             if name:
-                self._handles.append(module.register_forward_hook(self._hook(name)))
-        self._handles.append(self._model.register_forward_hook(self._end))
+                hooks.append(module.register_forward_hook(self._hook(name)))
+        hooks.append(self._model.register_forward_hook(self._end))
+        for hook in hooks:
+            self._open.callback(hook.remove)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._open.close()
 
     def _begin(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim)
@@ -127,7 +128,7 @@ class StageFinder:
     def _hook(self, name: str) -> Callable[..., None]:
         def see(module: nn.Module, _: Any, output: Any) -> None:
             # Without the gradient of the rest, inside reentrant checkpointing, an output is no use as a feature.
-            if torch.compiler.is_compiling() or torch.is_grad_enabled() != self._gradient:
+            if torch.is_grad_enabled() != self._gradient:
                 return
             self._calls[name] += 1
             features = _features_in(output)

@@ -125,6 +125,7 @@ def test_stages_of_a_model_that_has_run_compiled_are_an_error_that_says_what_to_
     for _ in range(2):
         net(batch[0])
     model = sfr.SFRWrapper(net, stages=STAGES)
+    model(batch[0])  # is watched, and runs eagerly
     with pytest.raises(RuntimeError, match=r"compiled and run before it was wrapped.*torch\.compiler\.reset\(\)"):
         model(batch[0])
     torch.compiler.reset()
