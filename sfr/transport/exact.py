@@ -23,7 +23,7 @@ OPTIMAL = 1  # the simplex's code of success
 
 # Below these sizes threads cost more than they bring: entries of the batch for the compiled solver, and of a single
 # cost matrix for the solvers called once per problem, which hand the GIL to and fro.
-COMPILED_THREADED_FROM = 2**19
+COMPILED_THREADED_FROM = 2**21
 LOOP_THREADED_FROM = 36 * 36
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
