@@ -175,6 +175,15 @@ def test_evaluation_does_not_move_alpha() -> None:
     assert criterion.current_alpha() == 0.0
 
 
+def move_means(means: list[list[float]], seen: list[int], samples: Any, momentum: float) -> None:
+    """Move the running class means by each sample, in place."""
+    for label, probabilities in samples:
+        seen[label] += 1
+        weight = max(momentum, 1.0 / seen[label])
+        for k in range(CLASSES):
+            means[label][k] += weight * (probabilities[k] - means[label][k])
+
+
 def test_running_class_mean_moves_by_each_sample_as_documented() -> None:
     """A plain mean of the first 1/momentum correct samples of a class, an exponential mean from there."""
     criterion = DynamicLabelSmoothing(momentum=0.25, update="running")
@@ -182,11 +191,7 @@ def test_running_class_mean_moves_by_each_sample_as_documented() -> None:
     for step in range(60):
         logits, target = batch(1, seed=step)
         criterion(logits, target)
-        for label, probabilities in correct_samples(logits, target):
-            seen[label] += 1
-            weight = max(0.25, 1.0 / seen[label])
-            for k in range(CLASSES):
-                means[label][k] += weight * (probabilities[k] - means[label][k])
+        move_means(means, seen, correct_samples(logits, target), momentum=0.25)
         torch.testing.assert_close(criterion.distributions, torch.tensor(means))
     assert max(seen) > 4  # the exponential part was reached
 
@@ -642,11 +647,7 @@ def test_running_segmentation_mean_moves_by_each_image_as_documented() -> None:
         logits, target = maps(seed=step)
         logits, target = logits[:1], target[:1]
         criterion(logits, target)
-        for label, probabilities in image_means(logits, target):
-            seen[label] += 1
-            weight = max(0.25, 1.0 / seen[label])
-            for k in range(CLASSES):
-                means[label][k] += weight * (probabilities[k] - means[label][k])
+        move_means(means, seen, image_means(logits, target), momentum=0.25)
         torch.testing.assert_close(criterion.distributions, torch.tensor(means))
     assert max(seen) > 4  # the exponential part was reached
 
