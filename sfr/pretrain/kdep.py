@@ -77,8 +77,8 @@ def fit_alignment(teacher: nn.Module, loader: Iterable[Any], dim: int) -> Alignm
         He et al., CVPR 2022, arXiv 2203.05180; their code takes the SVD of the features of all training images.
 
     Example:
-        >>> teacher = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
-        >>> fit_alignment(teacher, [torch.randn(5, 3, 4, 4) for _ in range(3)], dim=2).basis.shape
+        >>> teacher = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> fit_alignment(teacher, [torch.randn(5, 3, 2, 2) for _ in range(3)], dim=2).basis.shape
         torch.Size([8, 2])
     """
     features = teacher if isinstance(teacher, PooledFeatures) else PooledFeatures(teacher)
