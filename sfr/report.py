@@ -147,6 +147,7 @@ def _describe(criterion: SFRLoss, features: dict[str, Tensor]) -> tuple[tuple[St
             to_nodes(shallow, layouts[names[i]], grids[0]),
             to_nodes(deep, layouts[names[j]], grids[1]),
             config.grouping,
+            sync=False,
         )
         sizes = (cells(grids[0]), cells(grids[1]))
         pairs.append(PairRow(names[i], names[j], sizes, matched.shape[2], matched.shape[0]))
