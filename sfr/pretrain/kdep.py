@@ -213,7 +213,7 @@ class KDEPLoss(nn.Module):
         With "conv1x1" it is the student that is brought to the teacher's width, and the target is (B, D).
         """
         if self.aligner == "conv1x1":
-            return teacher
+            return teacher.detach()
         if self.aligner == "interpolate":
             return F.interpolate(teacher[:, None], self.alignment.dim, mode="linear")[:, 0]
         if self.aligner in ("channel_variance", "random"):
