@@ -60,7 +60,8 @@ def classify(folder: Path, args: argparse.Namespace, arguments: list[str], epoch
 
 def pretrain(folder: Path, args: argparse.Namespace) -> nn.Module:
     """Train the student on the teacher's features; its folder holds what a run of train_cifar.py holds."""
-    stage = argparse.Namespace(**vars(args))
+    others = ("target", "teacher_epochs", "finetune_epochs", "finetune_lr")
+    stage = argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in others})
     stage.output_dir = folder
     stage.resume = args.resume and (folder / "config.json").exists()
     unused_classifier = DistributedDataParallelKwargs(find_unused_parameters=True)
@@ -192,7 +193,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dataset", choices=list(SOURCES), default="digits", help="images to pre-train on, and labels of the teacher")
     add("--target", choices=list(SOURCES), help="data set to fine-tune on; default --dataset")
     add("--data-dir", type=Path, help="folder with CIFAR's Parquet files, in place of the Hub")
-    add("--teacher", default="wrn_16_2", help="at least as wide as the student; names as in train_cifar.py")
+    add("--teacher", help="at least as wide as the student; default resnet20 for digits, wrn_16_2 for CIFAR")
     add("--teacher-weights", metavar="FILE", help="a model.pt, or `pretrained`; default: train the teacher first")
     add("--teacher-at", metavar="MODULE", help="take its features there; default: before its last activation")
     add("--student", dest="model", default="resnet8")
@@ -200,7 +201,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--temperature", type=float, default=0.1)
     add("--power", type=float, default=3.0)
     add("--weight", type=float, default=3.0, help="of the loss; the authors use 3 or 20")
-    add("--teacher-epochs", type=positive, help="default 3 for digits, 200 for CIFAR")
+    add("--teacher-epochs", type=positive, help="default 5 for digits, 200 for CIFAR")
     add("--epochs", type=positive, help="of pre-training; default 6 for digits, 90 for CIFAR")
     add("--finetune-epochs", type=positive, help="default 4 for digits, 150 for CIFAR")
     add("--batch-size", type=positive, default=128, help="global, split over the processes")
@@ -219,7 +220,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.data_dir and "digits" in (args.dataset, args.target):
         parser.error("--data-dir is for CIFAR: the digits come with scikit-learn")
     digits = args.dataset == "digits"
-    args.teacher_epochs = args.teacher_epochs or (3 if digits else 200)
+    args.teacher = args.teacher or ("resnet20" if digits else "wrn_16_2")
+    args.teacher_epochs = args.teacher_epochs or (5 if digits else 200)
     args.epochs = args.epochs or (6 if digits else 90)
     args.finetune_epochs = args.finetune_epochs or (4 if digits else 150)
     name = f"kdep-{args.dataset}-{args.teacher}-{args.model}-{args.aligner}-seed{args.seed}"
