@@ -10,6 +10,7 @@ import pretrain_kdep
 import pytest
 import torch
 import torchvision
+import train_cifar
 from cifar_models import build_model
 from torch import nn
 
@@ -144,6 +145,21 @@ def test_student_wider_than_its_teacher_is_refused(finished, tmp_path):
     teacher = str(finished[0] / "teacher" / "model.pt")
     with pytest.raises(SystemExit, match="dim must be at most 64"):
         run(tmp_path, "--teacher-weights", teacher, "--student", "wrn_16_2")
+
+
+def test_classifier_of_another_size_is_left_out_of_the_initial_weights(tmp_path):
+    other, model = build_model("resnet8", 7), build_model("resnet8", 10)
+    torch.save(other.state_dict(), tmp_path / "other.pt")
+    classifier = model.fc.weight.clone()
+    train_cifar.load_backbone(model, str(tmp_path / "other.pt"))
+    assert torch.equal(model.conv1.weight, other.conv1.weight)
+    assert torch.equal(model.fc.weight, classifier)
+
+
+def test_initial_weights_of_another_model_are_refused_with_the_file(tmp_path):
+    torch.save(build_model("wrn_16_2", 10).state_dict(), tmp_path / "other.pt")
+    with pytest.raises(SystemExit, match=r"--init: .*other.pt holds the weights of another model"):
+        train_cifar.load_backbone(build_model("resnet8", 10), str(tmp_path / "other.pt"))
 
 
 def free_port() -> str:
