@@ -129,4 +129,5 @@ def draw(axes: Axes, history: list[Record], names: list[str], label: str) -> Non
         axes.plot(epochs, [record[name] for record in history], marker=".", label=name)
     axes.set(xlabel="epoch", ylabel=label)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if names:
+        axes.legend()

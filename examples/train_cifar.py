@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import set_seed
+from accelerate.utils import KwargsHandler, set_seed
 from cifar_data import IMAGE_SIZE, SOURCES, ImageSet, Splits, load_splits
 from cifar_metrics import ClassificationMetric
 from cifar_models import build_model
@@ -46,12 +46,19 @@ def main(argv: Sequence[str] | None = None) -> nn.Module:
     """Train as the command line `argv` says; return the trained, plain model."""
     args = parse_arguments(argv)
     accelerator = build_accelerator(args)
+    model = train(args, accelerator, Trainer)
+    accelerator.end_training()
+    return model
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator, trainer_class: "type[Trainer]") -> nn.Module:
+    """Go through one whole run, from its data set to its folder; return the trained, plain model."""
     config = run_config(args, accelerator)
     folder = RunFolder(args.output_dir)
     epochs_done = folder.check(config, args.resume)
     with accelerator.local_main_process_first():  # it downloads, the others read its cache
         splits = load_splits(args.dataset, args.data_dir, args.limit, args.val_fraction)
-    trainer = Trainer(args, accelerator, splits)
+    trainer = trainer_class(args, accelerator, splits)
     if args.resume:
         accelerator.load_state(str(folder.last_checkpoint()))
         accelerator.print(f"resuming after epoch {epochs_done}")
@@ -71,11 +78,10 @@ def main(argv: Sequence[str] | None = None) -> nn.Module:
         folder.save_checkpoint(accelerator, epoch)
 
     test = trainer.evaluate(trainer.test_loader, "test")
-    weights = accelerator.get_state_dict(trainer.model)
+    weights = trainer.weights()
     if accelerator.is_main_process:
         folder.finish(weights, {**folder.history()[-1], **test})
     accelerator.print(f"after the last epoch: {describe(test)}\nwrote {folder.path}")
-    accelerator.end_training()
     model = accelerator.unwrap_model(trainer.model)
     return model.unwrap() if isinstance(model, sfr.SFRWrapper) else model
 
@@ -100,13 +106,16 @@ class Trainer:
         self.batch_size: int = args.batch_size
 
         set_seed(args.seed)  # the same initial weights in all processes ...
-        model, self.criterion = build_model_and_criterion(args, accelerator.device)
+        model, self.criterion = self._build(args)
         set_seed(args.seed, device_specific=True)  # ... but crops and flips of their own
         optimizer = SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
         self.model, self.optimizer, self.schedule = accelerator.prepare(
             model, optimizer, warmup_then_cosine(optimizer, whole_run)
         )
         accelerator.register_for_checkpointing(self.criterion)
+
+    def _build(self, args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
+        return build_model_and_criterion(args, self.accelerator.device)
 
     def _loader(self, images: ImageSet, args: argparse.Namespace, shuffle: bool) -> Any:
         """Whole batches only where we train: then one process and several take the same steps."""
@@ -153,7 +162,7 @@ class Trainer:
         }
 
     def _step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        loss = self.criterion(self.model(images), labels)
+        loss = self._loss(images, labels)
         self.accelerator.backward(loss)
         self.optimizer.step()
         self.schedule.step()
@@ -163,6 +172,9 @@ class Trainer:
         if last is not None:
             parts |= {"label_loss": last.label, "feature_loss": last.feature}
         return parts
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self.criterion(self.model(images), labels)
 
     def _progress_bar(self, epoch: int, steps: int) -> "tqdm[None]":
         return tqdm(
@@ -180,6 +192,10 @@ class Trainer:
             if buffer.is_floating_point():
                 buffer.copy_(self.accelerator.reduce(buffer, "mean"))
 
+    def weights(self) -> dict[str, Tensor]:
+        """The weights to be kept of the run, gathered from all processes."""
+        return self.accelerator.get_state_dict(self.model)
+
     def evaluate_curve(self) -> Record:
         """Metrics of the held-out part, or of the test set where nothing is held out."""
         return self.evaluate(self.curve_loader, self.curve_part)
@@ -196,12 +212,13 @@ class Trainer:
         return {f"{part}_{name}": value for name, value in (metric.compute() or {}).items()}
 
 
-def build_accelerator(args: argparse.Namespace) -> Accelerator:
+def build_accelerator(args: argparse.Namespace, *handlers: KwargsHandler) -> Accelerator:
     if args.tracker != "none" and args.tracker not in map(str, get_available_trackers()):
         raise SystemExit(f"--tracker {args.tracker}: its package is not installed")
     return Accelerator(
         log_with=None if args.tracker == "none" else args.tracker,
         project_dir=args.output_dir,
+        kwargs_handlers=list(handlers),
         dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=args.seed),
     )
 
@@ -224,6 +241,8 @@ def run_config(args: argparse.Namespace, accelerator: Accelerator) -> Record:
 
 def build_model_and_criterion(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, nn.Module]:
     model = build_model(args.model, SOURCES[args.dataset].num_classes)
+    if args.init:
+        load_backbone(model, args.init)
     model = model.to(memory_format=torch.channels_last).to(device)
     if args.method == "sfr":
         image = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
@@ -234,6 +253,19 @@ def build_model_and_criterion(args: argparse.Namespace, device: torch.device) ->
         return wrapped, sfr.SFRLoss(wrapped).to(device)
     smoothing = 0.1 if args.method == "label-smoothing" else 0.0
     return model, nn.CrossEntropyLoss(label_smoothing=smoothing)
+
+
+def load_backbone(model: nn.Module, file: str) -> None:
+    """Load the weights in `file`, without those of a classifier that has another number of classes."""
+    weights, own = torch.load(file, map_location="cpu", weights_only=True), model.state_dict()
+    if weights.keys() != own.keys():
+        strange = sorted(weights.keys() ^ own.keys())
+        raise SystemExit(
+            f"--init: {file} holds the weights of another model; {len(strange)} names differ: {strange[:4]}"
+        )
+    model.load_state_dict(
+        {name: own[name] if value.shape != own[name].shape else value for name, value in weights.items()}
+    )
 
 
 def warmup_then_cosine(optimizer: Optimizer, steps: int) -> LambdaLR:
@@ -278,6 +310,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dataset", choices=list(SOURCES), default="digits", help="digits needs no download")
     add("--data-dir", type=Path, help="folder with CIFAR's Parquet files, in place of the Hub")
     add("--model", default="resnet20", help="resnet20, wrn_16_2, any torchvision or timm name")
+    add("--init", metavar="FILE", help="start from the weights in this model.pt")
     add("--method", choices=["sfr", "label-smoothing", "vanilla"], default="sfr")
     add("--sfr", nargs="+", type=key_value, default=[], metavar="KEY=VALUE", help="SFRConfig fields")
     add("--epochs", type=positive, help="default 10 for digits, 200 for CIFAR")

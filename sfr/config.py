@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias
 
 Pairs: TypeAlias = Literal["all", "last", "adjacent"]
-Grouping: TypeAlias = Literal["segments", "mean", "crop"]
+Grouping: TypeAlias = Literal["segments", "mean", "crop", "svd"]
 Layout: TypeAlias = Literal["auto", "channels_first", "channels_last", "tokens", "vector"]
 Cost: TypeAlias = Literal["sqeuclidean", "cosine"]
 Marginals: TypeAlias = Literal["uniform", "cross"]
@@ -59,7 +59,8 @@ class SFRConfig:
         detach_deep: stop the gradient at the deep side, so that it supervises and is not dragged along.
         max_grid: the maps are average-pooled to at most ``max_grid`` cells along each spatial axis, >= 1.
         grouping: how many deep channels supervise few shallow ones: "segments" (one plan per segment), "mean" (one
-            plan, on the mean of the segments), "crop" (the first channels only, as Tf-FD). Our reading.
+            plan, on the mean of the segments), "crop" (the first channels only, as Tf-FD), "svd" (the principal
+            directions of the batch's deep nodes, after KDEP). Our reading.
         cost: ground cost between two local features: "sqeuclidean" (mean over channels) or "cosine" (1 - cos).
         marginals: mass of each local feature: "uniform" or "cross" (DeepEMD's cross-reference weights).
         solver: "exact" (on the CPU), "proximal" or "sinkhorn" (batched, on the device), "auto": exact for CPU tensors,

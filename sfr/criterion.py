@@ -200,7 +200,7 @@ class SFRLoss(nn.Module):
             if config.detach_deep:
                 deep = deep.detach()
             values = emd_l2(
-                *match_channels(shallow, deep, config.grouping),
+                *match_channels(shallow, deep, config.grouping, sync=self.labels.sync),
                 cost=config.cost,
                 marginals=config.marginals,
                 solver=config.solver,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfr.config import Grouping, Layout
+from sfr.pca import Moments
 
 Grid = tuple[int, ...]
 
@@ -160,7 +161,7 @@ def channel_segments(nodes: Tensor, channels: int) -> Tensor:
     return nodes.reshape(batch, count, groups, channels).transpose(1, 2)
 
 
-def match_channels(shallow: Tensor, deep: Tensor, grouping: Grouping) -> tuple[Tensor, Tensor]:
+def match_channels(shallow: Tensor, deep: Tensor, grouping: Grouping, *, sync: bool = True) -> tuple[Tensor, Tensor]:
     """Bring a pair of nodes to the same number of channels without any parameter.
 
     The deep nodes are cut into G segments as wide as the shallow ones (:func:`channel_segments`). Where the deep map
@@ -170,7 +171,8 @@ def match_channels(shallow: Tensor, deep: Tensor, grouping: Grouping) -> tuple[T
         shallow: nodes of shape (B, N, C).
         deep: nodes of shape (B, M, D).
         grouping: "segments": one problem per segment; "mean": one, against the mean of the segments; "crop": one, of
-            the first min(C, D) channels of both.
+            the first min(C, D) channels of both; "svd": one, against :func:`principal_channels` of the deep nodes.
+        sync: for "svd", the directions are those of the nodes of all ranks, each of which then has to call.
 
     Returns:
         Nodes (B * G, N, min(C, D)) and (B * G, M, min(C, D)), the G problems of an image next to each other.
@@ -180,11 +182,45 @@ def match_channels(shallow: Tensor, deep: Tensor, grouping: Grouping) -> tuple[T
         return shallow[:, :, :width], deep[:, :, :width]
     if width < shallow.shape[2]:
         shallow = channel_segments(shallow, width).mean(dim=1)
+    if grouping == "svd":
+        return shallow, principal_channels(deep, width, sync=sync)
     segments = channel_segments(deep, width)
     if grouping == "mean":
         return shallow, segments.mean(dim=1)
     groups = segments.shape[1]
     return shallow.repeat_interleave(groups, dim=0), segments.flatten(0, 1)
+
+
+def principal_channels(nodes: Tensor, channels: int, *, sync: bool = True) -> Tensor:
+    r"""Project nodes on the `channels` directions of their largest variance, as KDEP's aligner does (our reading).
+
+    The directions, those of the nodes of this batch, are orthonormal and get no gradient. No projection to as few
+    channels keeps more of the squared distances between the nodes. Two things differ from
+    :class:`sfr.pretrain.KDEPLoss`, whose teacher is frozen. Axes of a batch change sign and order from step to step,
+    so they are turned within their span to lie nearest the mean of the segments (orthogonal Procrustes problem).
+    And the mean is left in, because the shallow side, after a ReLU, could not follow centred features.
+
+    Args:
+        nodes: local features, shape (B, N, C).
+        channels: 1 <= channels <= C; where it is C the nodes come back as they are, up to rounding.
+        sync: take the nodes of all ranks of ``torch.distributed`` for the batch (C x C numbers).
+
+    Returns:
+        Nodes of shape (B, N, channels).
+
+    Reference:
+        Projection: He et al., CVPR 2022, arXiv 2203.05180. Procrustes: Schönemann, Psychometrika 31, 1966.
+    """
+    if not len(nodes):
+        return nodes[:, :, :channels]
+    moments = Moments()
+    moments.update(nodes.flatten(0, 1))
+    _, axes = (moments.of_all_ranks() if sync else moments).principal_axes()
+    span = axes[:, :channels]
+    mean_of_segments = channel_segments(torch.eye(len(axes)).to(span)[None], channels).mean(dim=1)[0]
+    left, _, right = torch.linalg.svd(span.T @ mean_of_segments)
+    with torch.autocast(nodes.device.type, enabled=False):
+        return nodes @ (span @ left @ right).to(nodes.dtype)
 
 
 def cells(grid: Grid) -> int:

@@ -153,7 +153,8 @@ def _describe(criterion: SFRLoss, features: dict[str, Tensor]) -> tuple[tuple[St
     for i, j in resolve_pairs(config.pairs, names):
         shallow, deep = maps[names[i]], maps[names[j]]
         grids = common_grids(spatial_shape(*shallow), spatial_shape(*deep), config.max_grid)
-        _, matched = match_channels(to_nodes(*shallow, grids[0]), to_nodes(*deep, grids[1]), config.grouping)
+        sides = to_nodes(*shallow, grids[0]), to_nodes(*deep, grids[1])
+        _, matched = match_channels(*sides, config.grouping, sync=False)
         sizes = (cells(grids[0]), cells(grids[1]))
         pairs.append(PairRow(names[i], names[j], sizes, matched.shape[2], matched.shape[0]))
     return stages, tuple(pairs)

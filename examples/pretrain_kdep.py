@@ -1,0 +1,234 @@
+"""Pre-train a student on unlabelled images from the features of a frozen teacher (KDEP), then fine-tune it.
+
+    accelerate launch examples/pretrain_kdep.py                        # digits, a minute, the teacher included
+    accelerate launch examples/pretrain_kdep.py --dataset cifar100 --target cifar10 --data-dir DIR
+
+Three runs, each in its own folder of `--output-dir` and with its own curves: `teacher`, trained with labels by
+train_cifar.py unless `--teacher-weights` names a checkpoint or the library's own (`pretrained`); `pretrain`, where
+labels are not looked at; `finetune`, by train_cifar.py again, from the pre-trained weights. `pretrain` also holds the
+alignment (`alignment.pt`) and its plot. Devices, processes and `--resume` are as in train_cifar.py: a killed run goes
+on in the stage, and from the last whole epoch, where it was.
+"""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import get_args
+
+import timm
+import torch
+import torchvision
+from accelerate import DistributedDataParallelKwargs
+from cifar_data import IMAGE_SIZE, SOURCES
+from cifar_models import build_model, torchvision_names
+from matplotlib.figure import Figure
+from run_folder import Record
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from train_cifar import Trainer, build_accelerator, fraction, positive, train
+from train_cifar import parse_arguments as parse_train_cifar
+
+from sfr.pretrain import Alignment, KDEPLoss, PooledFeatures, fit_alignment, power_temperature_scaling
+from sfr.pretrain.kdep import Aligner
+
+PRETRAINED_SIZE = 224  # side of the images that the libraries' own weights were trained on
+
+
+def main(argv: Sequence[str] | None = None) -> nn.Module:
+    """Teacher, pre-training, fine-tuning; return the fine-tuned student."""
+    args = parse_arguments(argv)
+    root: Path = args.output_dir
+    if args.teacher_weights is None:
+        classify(root / "teacher", args, ["--dataset", args.dataset, "--model", args.teacher], args.teacher_epochs)
+        args.teacher_weights = str(root / "teacher" / "model.pt")
+    pretrain(root / "pretrain", args)
+    from_student = ["--model", args.model, "--init", str(root / "pretrain" / "model.pt"), "--lr", str(args.finetune_lr)]
+    return classify(root / "finetune", args, ["--dataset", args.target, *from_student], args.finetune_epochs)
+
+
+def classify(folder: Path, args: argparse.Namespace, arguments: list[str], epochs: int) -> nn.Module:
+    """Train a classifier with labels, as train_cifar.py does."""
+    common = ["--method", "vanilla", "--epochs", str(epochs), "--seed", str(args.seed), "--output-dir", str(folder)]
+    for name in ("data_dir", "limit", "batch_size", "num_workers"):
+        if getattr(args, name):
+            common += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    if args.resume and (folder / "config.json").exists():
+        common.append("--resume")
+    stage = parse_train_cifar([*common, *arguments])
+    return train(stage, build_accelerator(stage), Trainer)
+
+
+def pretrain(folder: Path, args: argparse.Namespace) -> nn.Module:
+    """Train the student on the teacher's features; its folder holds what a run of train_cifar.py holds."""
+    others = ("target", "teacher_epochs", "finetune_epochs", "finetune_lr")
+    stage = argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in others})
+    stage.output_dir = folder
+    stage.resume = args.resume and (folder / "config.json").exists()
+    unused_classifier = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return train(stage, build_accelerator(stage, unused_classifier), Pretrainer)
+
+
+class Distillation(nn.Module):
+    """Student and loss as one module, because the loss of `conv1x1` has parameters of its own."""
+
+    def __init__(self, student: nn.Module, loss: KDEPLoss) -> None:
+        super().__init__()
+        self.student = PooledFeatures(student)
+        self.loss = loss
+
+    def forward(self, images: Tensor, teacher: Tensor) -> Tensor:
+        return self.loss(self.student(images), teacher)
+
+
+class Pretrainer(Trainer):
+    """The loop of train_cifar.py with the teacher's features in the place of the labels."""
+
+    def _build(self, args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
+        device, classes = self.accelerator.device, SOURCES[args.dataset].num_classes
+        self.teacher = PooledFeatures(load_teacher(args.teacher, args.teacher_weights, classes), args.teacher_at)
+        self.teacher.requires_grad_(False).to(memory_format=torch.channels_last).to(device).eval()
+        student = build_model(args.model, classes).to(memory_format=torch.channels_last).to(device)
+        file = args.output_dir / "alignment.pt"
+        if args.resume:
+            alignment = Alignment(**torch.load(file, weights_only=True))
+        else:
+            alignment = self._fit(width_of(student))
+            if self.accelerator.is_main_process:
+                torch.save(alignment.state_dict(), file)
+                projected = alignment(self._teacher_features(self.test_loader))
+                plot_alignment(alignment, projected, args, file.with_suffix(".png"))
+        loss = KDEPLoss(
+            alignment, args.aligner, temperature=args.temperature, power=args.power, weight=args.weight, seed=args.seed
+        )
+        return Distillation(student, loss).to(device), loss
+
+    def _fit(self, width: int) -> Alignment:
+        """Mean and principal axes over the training images, one augmented view of each, on all processes."""
+        disable = not self.accelerator.is_main_process
+        with self.accelerator.autocast():
+            try:
+                return fit_alignment(
+                    self.teacher, tqdm(self.train_loader, "alignment", disable=disable, leave=False), width
+                )
+            except ValueError as error:
+                raise SystemExit(f"--teacher and --model: {error}") from error
+
+    @torch.no_grad()
+    def _teacher_features(self, loader: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        """Of this process's share of the images."""
+        with self.accelerator.autocast():
+            return torch.cat([self.teacher(images) for images, _ in loader])
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad(), self.accelerator.autocast():
+            teacher = self.teacher(images)
+        return self.model(images, teacher)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The student's alone, with its own names."""
+        prefix = "student.model."
+        return {
+            name.removeprefix(prefix): value for name, value in super().weights().items() if name.startswith(prefix)
+        }
+
+    @torch.no_grad()
+    def evaluate(self, loader: Iterable[tuple[Tensor, Tensor]], part: str) -> Record:
+        """The loss on images not trained on."""
+        distillation = self.accelerator.unwrap_model(self.model).eval()
+        pairs = []
+        for images, _ in loader:
+            with self.accelerator.autocast():
+                pair = distillation.student(images), self.teacher(images)
+            pairs.append(self.accelerator.gather_for_metrics(pair))
+        student, teacher = (torch.cat(features) for features in zip(*pairs, strict=True))
+        return {f"{part}_loss": distillation.loss(student, teacher).item()}
+
+
+def load_teacher(name: str, weights: str, classes: int) -> nn.Module:
+    """The network called `name` with the weights in a file, or with its library's own, for which images grow."""
+    if weights == "pretrained":
+        in_torchvision = name in torchvision_names()
+        build = torchvision.models.get_model if in_torchvision else timm.create_model
+        options = {"weights": "DEFAULT"} if in_torchvision else {"pretrained": True}
+        return nn.Sequential(nn.Upsample(PRETRAINED_SIZE, mode="bilinear"), build(name, **options))
+    teacher = build_model(name, classes)
+    try:
+        teacher.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(f"--teacher-weights: {weights} does not fit {name} with {classes} classes: {error}") from error
+    return teacher
+
+
+@torch.no_grad()
+def width_of(student: nn.Module) -> int:
+    training = student.training
+    image = next(student.parameters()).new_zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    width = PooledFeatures(student.eval())(image).shape[1]
+    student.train(training)
+    return width
+
+
+def plot_alignment(alignment: Alignment, projected: Tensor, args: argparse.Namespace, file: Path) -> None:
+    """Singular values on the left; on the right each channel's spread before and after the scaling."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    values, spreads = figure.subplots(1, 2)
+    values.semilogy(alignment.singular_values.cpu())
+    values.axvline(alignment.dim - 0.5, color="grey", linestyle="--", label=f"the student's {alignment.dim} channels")
+    values.set(xlabel="component", ylabel="singular value")
+    scaled = power_temperature_scaling(projected, args.temperature, args.power)
+    for name, features in (("before", projected), ("after", scaled)):
+        deviation = features.std(dim=0).cpu()
+        ratio = deviation.max() / deviation.min().clamp_min(1e-12)
+        spreads.semilogy(deviation / deviation.max(), label=f"{name} scaling: largest / smallest = {ratio:.3g}")
+    spreads.set(xlabel="channel", ylabel="standard deviation / the largest")
+    for axes in (values, spreads):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--dataset", choices=list(SOURCES), default="digits", help="images to pre-train on, and labels of the teacher")
+    add("--target", choices=list(SOURCES), help="data set to fine-tune on; default --dataset")
+    add("--data-dir", type=Path, help="folder with CIFAR's Parquet files, in place of the Hub")
+    add("--teacher", help="at least as wide as the student; default resnet20 for digits, wrn_16_2 for CIFAR")
+    add("--teacher-weights", metavar="FILE", help="a model.pt, or `pretrained`; default: train the teacher first")
+    add("--teacher-at", metavar="MODULE", help="take its features there; default: before its last activation")
+    add("--student", dest="model", default="resnet8")
+    add("--aligner", choices=get_args(Aligner), default="svd_pts")
+    add("--temperature", type=float, default=0.1)
+    add("--power", type=float, default=3.0)
+    add("--weight", type=float, default=3.0, help="of the loss; the authors use 3 or 20")
+    add("--teacher-epochs", type=positive, help="default 5 for digits, 200 for CIFAR")
+    add("--epochs", type=positive, help="of pre-training; default 6 for digits, 90 for CIFAR")
+    add("--finetune-epochs", type=positive, help="default 4 for digits, 150 for CIFAR")
+    add("--batch-size", type=positive, default=128, help="global, split over the processes")
+    add("--lr", type=float, default=0.1, help="of pre-training, peak")
+    add("--finetune-lr", type=float, default=0.05, help="peak")
+    add("--weight-decay", type=float, default=5e-4)
+    add("--seed", type=int, default=0)
+    add("--val-fraction", type=fraction, default=0.0, help="hold out this part of the images")
+    add("--max-steps", type=positive, help="stop pre-training after so many optimizer steps")
+    add("--limit", type=positive, metavar="N", help="first N training and test images only")
+    add("--num-workers", type=int, default=0, help="loading processes per training process")
+    add("--output-dir", type=Path, help="default runs/kdep-DATASET-TEACHER-STUDENT-ALIGNER-seedSEED")
+    add("--resume", action="store_true", help="continue the runs in --output-dir")
+    args = parser.parse_args(argv)
+    args.target = args.target or args.dataset
+    if args.data_dir and "digits" in (args.dataset, args.target):
+        parser.error("--data-dir is for CIFAR: the digits come with scikit-learn")
+    digits = args.dataset == "digits"
+    args.teacher = args.teacher or ("resnet20" if digits else "wrn_16_2")
+    args.teacher_epochs = args.teacher_epochs or (5 if digits else 200)
+    args.epochs = args.epochs or (6 if digits else 90)
+    args.finetune_epochs = args.finetune_epochs or (4 if digits else 150)
+    name = f"kdep-{args.dataset}-{args.teacher}-{args.model}-{args.aligner}-seed{args.seed}"
+    args.output_dir = args.output_dir or Path("runs", name)
+    args.method, args.tracker = "kdep", "none"
+    return args
+
+
+if __name__ == "__main__":
+    main()

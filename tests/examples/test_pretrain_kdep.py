@@ -1,0 +1,181 @@
+"""Pre-training runs its three stages, resumes each, takes a given teacher, and is the same over processes."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+
+import pretrain_kdep
+import pytest
+import torch
+import torchvision
+import train_cifar
+from cifar_models import build_model
+from torch import nn
+
+from sfr.pretrain import Alignment
+
+STAGES = ("teacher", "pretrain", "finetune")
+
+
+def small(output_dir, *arguments):
+    """Two epochs of two steps of pre-training, one of the others, on 70 digits."""
+    return [
+        *("--limit", "70", "--batch-size", "32", "--teacher", "resnet8", "--epochs", "2", "--seed", "1"),
+        *("--teacher-epochs", "1", "--finetune-epochs", "1", "--output-dir", str(output_dir), *arguments),
+    ]
+
+
+def run(output_dir, *arguments):
+    return pretrain_kdep.main(small(output_dir, *arguments))
+
+
+def weights(folder):
+    return torch.load(folder / "model.pt", weights_only=True)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(left, right):
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a whole run, to be compared with and not to be changed, and the student it returned."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, run(folder)
+
+
+def test_every_stage_writes_what_a_run_of_train_cifar_writes(finished):
+    folder, _ = finished
+    for stage in STAGES:
+        written = {file.name for file in (folder / stage).iterdir()}
+        assert {"config.json", "metrics.jsonl", "summary.json", "model.pt", "curves.png"} <= written
+    assert "test_accuracy" in metrics(folder / "finetune")[0]
+    assert [sorted(record.keys() & {"train_loss", "test_loss"}) for record in metrics(folder / "pretrain")] == [
+        ["test_loss", "train_loss"]
+    ] * 2
+
+
+def test_alignment_is_saved_and_plotted(finished):
+    folder, _ = finished
+    alignment = Alignment(**torch.load(folder / "pretrain" / "alignment.pt", weights_only=True))
+    assert (alignment.dim, len(alignment.mean)) == (64, 64)
+    assert (folder / "pretrain" / "alignment.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_fine_tuning_starts_from_the_pretrained_student(finished, tmp_path):
+    """With a learning rate of zero its convolutions are those that pre-training left."""
+    folder, student = finished
+    assert_same_weights(student.state_dict(), weights(folder / "finetune"))
+    shutil.copytree(folder / "pretrain", tmp_path / "pretrain")
+    run(tmp_path, "--resume", "--finetune-lr", "0", "--teacher-weights", str(folder / "teacher" / "model.pt"))
+    pretrained, tuned = weights(folder / "pretrain"), weights(tmp_path / "finetune")
+    convolutions = [name for name in pretrained if "conv" in name]
+    assert all(torch.equal(tuned[name], pretrained[name]) for name in convolutions)
+    assert not any(torch.equal(student.state_dict()[name], pretrained[name]) for name in convolutions)
+
+
+def test_stage_that_was_interrupted_resumes_to_the_same_weights(finished, tmp_path, monkeypatch):
+    folder, _ = finished
+    given_teacher = ("--teacher-weights", str(folder / "teacher" / "model.pt"))
+    steps = []
+    step = pretrain_kdep.Pretrainer._step
+
+    def fatal(self, *batch):
+        steps.append(batch)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return step(self, *batch)
+
+    monkeypatch.setattr(pretrain_kdep.Pretrainer, "_step", fatal)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, *given_teacher)
+    assert len(metrics(tmp_path / "pretrain")) == 1
+    assert not (tmp_path / "finetune").exists()
+    monkeypatch.setattr(pretrain_kdep.Pretrainer, "_step", step)
+    run(tmp_path, *given_teacher, "--resume")
+    for stage in ("pretrain", "finetune"):
+        assert_same_weights(weights(tmp_path / stage), weights(folder / stage))
+
+
+def test_started_run_is_not_overwritten(finished):
+    folder, _ = finished
+    with pytest.raises(SystemExit, match=r"holds a run: pass --resume"):
+        run(folder)
+
+
+def test_learnable_aligner_trains_on_the_features_at_a_named_place(finished, tmp_path):
+    teacher = str(finished[0] / "teacher" / "model.pt")
+    arguments = ("--teacher-weights", teacher, "--teacher-at", "layer3", "--aligner", "conv1x1", "--epochs", "1")
+    run(tmp_path, *arguments)
+    assert not (tmp_path / "teacher").exists()
+    assert weights(tmp_path / "pretrain").keys() == build_model("resnet8", 10).state_dict().keys()
+
+
+def test_librarys_own_teacher_sees_images_of_its_size(monkeypatch):
+    asked = {}
+    build = torchvision.models.get_model
+
+    def without_download(name, weights):
+        asked.update(name=name, weights=weights)
+        return build(name, weights=None)
+
+    monkeypatch.setattr(torchvision.models, "get_model", without_download)
+    teacher = pretrain_kdep.load_teacher("resnet18", "pretrained", 10)
+    sizes = []
+    teacher[1].conv1.register_forward_pre_hook(lambda _, args: sizes.append(tuple(args[0].shape)))
+    teacher(torch.zeros(1, 3, 32, 32))
+    assert asked == {"name": "resnet18", "weights": "DEFAULT"}
+    assert sizes == [(1, 3, 224, 224)]
+
+
+def test_weights_of_another_teacher_are_refused_with_the_file(tmp_path):
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "other.pt")
+    with pytest.raises(SystemExit, match=r"--teacher-weights: .*other.pt does not fit resnet8 with 10 classes"):
+        run(tmp_path, "--teacher-weights", str(tmp_path / "other.pt"))
+
+
+def test_student_wider_than_its_teacher_is_refused(finished, tmp_path):
+    teacher = str(finished[0] / "teacher" / "model.pt")
+    with pytest.raises(SystemExit, match="dim must be at most 64"):
+        run(tmp_path, "--teacher-weights", teacher, "--student", "wrn_16_2")
+
+
+def test_classifier_of_another_size_is_left_out_of_the_initial_weights(tmp_path):
+    other, model = build_model("resnet8", 7), build_model("resnet8", 10)
+    torch.save(other.state_dict(), tmp_path / "other.pt")
+    classifier = model.fc.weight.clone()
+    train_cifar.load_backbone(model, str(tmp_path / "other.pt"))
+    assert torch.equal(model.conv1.weight, other.conv1.weight)
+    assert torch.equal(model.fc.weight, classifier)
+
+
+def test_initial_weights_of_another_model_are_refused_with_the_file(tmp_path):
+    torch.save(build_model("wrn_16_2", 10).state_dict(), tmp_path / "other.pt")
+    with pytest.raises(SystemExit, match=r"--init: .*other.pt holds the weights of another model"):
+        train_cifar.load_backbone(build_model("resnet8", 10), str(tmp_path / "other.pt"))
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_two_processes_fit_the_same_alignment_and_go_through_all_stages(tmp_path, environment):
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    subprocess.run(
+        [sys.executable, *launch, pretrain_kdep.__file__, *small(tmp_path, "--epochs", "1")],
+        env=environment,
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    assert json.loads((tmp_path / "pretrain" / "config.json").read_text())["processes"] == 2
+    assert "test_accuracy" in json.loads((tmp_path / "finetune" / "summary.json").read_text())
