@@ -243,9 +243,10 @@ class DoGoLoss(nn.Module):
         return {name: [next(columns) for _ in given] for name, given in networks.items()}
 
     def _self_supervised(self, embeddings: list[Tensor]) -> Tensor:
-        return (
-            nt_xent(*embeddings, temperature=self.temperature) if self.objective == "simclr" else simsiam(*embeddings)
-        )
+        if self.objective == "simclr":
+            a, b = embeddings
+            return nt_xent(a, b, self.temperature)
+        return simsiam(*embeddings)
 
     def _mutual(self, own: list[Tensor], peer: list[Tensor]) -> Tensor:
         """The last two embeddings of the network itself, which are the predictions if there are any."""
