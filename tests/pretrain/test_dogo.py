@@ -225,7 +225,7 @@ def test_the_loss_is_float32_inside_autocast(objective):
         ([(4, 3), (5, 3)], None, "one shape"),
         ([(4, 3, 1)] * 2, None, "one shape"),
         ([(0, 3)] * 2, None, "B and D at least 1"),
-        ([(4, 3)] * 2, [(5, 3)] * 2, r"the same images; got .*4.*5"),
+        ([(4, 3)] * 2, [(5, 3)] * 2, r"both networks must be given the same images; got .*4.*5"),
         ([(4, 3)] * 2, [(4, 3), (4, 2)], r"second, projection b \(4, 2\)"),
     ],
 )
