@@ -249,7 +249,7 @@ class DoGoLoss(nn.Module):
         return simsiam(*embeddings)
 
     def _mutual(self, own: list[Tensor], peer: list[Tensor]) -> Tensor:
-        """The last two embeddings of the network itself, which are the predictions if there are any."""
+        """Compare the network's last two embeddings, the predictions if it has any, with its peer's projections."""
         return similarity_kl(own[-2:], peer[:2], self.similarity_temperature)
 
     def extra_repr(self) -> str:

@@ -290,6 +290,7 @@ def test_encoder_gives_what_the_head_gets_and_leaves_the_model_alone(name):
     torch.testing.assert_close(head(features), before)
     torch.testing.assert_close(model(images), before, rtol=0, atol=0)
     assert list(model.state_dict()) == names
+    assert {id(weight) for weight in encoder.parameters()} < {id(weight) for weight in model.parameters()}
 
 
 def test_training_the_encoder_trains_the_model(make_net):
