@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).with_name("ranks.py")
+SCRIPT = Path(__file__).with_name("kdep_ranks.py")
 
 
 def run(folder, ranks):

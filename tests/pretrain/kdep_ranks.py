@@ -1,6 +1,6 @@
 """Fit an alignment on this rank's share of the images and take one step of pre-training with it; every rank saves.
 
-Started by test_kdep_ranks.py, plainly or under torchrun: ``python ranks.py FILE``.
+Started by test_kdep_ranks.py, plainly or under torchrun: ``python kdep_ranks.py FILE``.
 """
 
 import sys
