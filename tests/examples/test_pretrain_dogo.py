@@ -189,7 +189,8 @@ def test_neighbours_vote_by_similarity_and_not_by_length_or_number():
     train = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 5.0]])
     labels = torch.tensor([0, 0, 1])
     test = torch.tensor([[3.0, 0.1], [100.0, 1000.0], [0.0, 1.0]])
-    assert knn_accuracy(train, labels, test, torch.tensor([0, 1, 0])) == pytest.approx(2 / 3)
+    assert knn_accuracy(train, labels, test, torch.tensor([0, 1, 1])) == 1
+    assert knn_accuracy(train, labels, test, torch.tensor([1, 1, 1])) == pytest.approx(2 / 3)
 
 
 def test_linear_accuracy_is_that_of_sklearns_logistic_regression():
