@@ -155,7 +155,7 @@ def tables(cells: list[Cell]) -> str:
     seeds = sorted(set.intersection(*(set(found) for found in by_method.values())))
     if len(seeds) < 2:
         return "\nToo few cells have been run.\n"
-    parts = [facts(cells, seeds)]
+    parts = [facts(cells[-1], seeds)]
     for model in RECIPE["--models"].split():
         heads = ["accuracy, %", *METHODS, "difference", "seeds with a gain"]
         rows = [heads, ["---"] * len(heads)]
@@ -170,13 +170,11 @@ def tables(cells: list[Cell]) -> str:
     return "\n" + "\n\n".join(parts) + "\n"
 
 
-def facts(cells: list[Cell], seeds: Sequence[int]) -> str:
-    minutes = statistics.mean(cell["pretraining_seconds"] for cell in cells) / 60
-    last = cells[-1]
+def facts(cell: Cell, seeds: Sequence[int]) -> str:
+    recipe = " ".join(cell["options"].split()[:-2])  # all but the method
     return (
         f"Mean ± standard deviation over {len(seeds)} seeds; the difference is paired by seed. Recipe of both methods: "
-        f"`pretrain_dogo.py {' '.join(last['options'].split()[:-2])}`, precision {last['precision']}, "
-        f"{minutes:.1f} minutes a cell of two networks."
+        f"`pretrain_dogo.py {recipe}`, precision {cell['precision']}."
     )
 
 

@@ -166,7 +166,7 @@ def test_jitter_does_what_torchvision_does(monkeypatch):
 
 
 def test_jitter_colours_no_grey_image_and_greys_a_fifth_of_the_others():
-    views = 0.4 + 0.2 * torch.rand(200, 3, 4, 4)
+    views = torch.rand(200, 3, 4, 4)
     grey = views[:, :1].repeat(1, 3, 1, 1)
     for images in (views, grey):
         jittered = two_views.jitter(images)
@@ -185,11 +185,12 @@ def test_every_image_gets_a_view_of_its_own():
     assert len({tuple(view.flatten().tolist()) for view in views}) == 8
 
 
-def test_neighbours_vote_by_similarity():
+def test_neighbours_vote_by_similarity_and_not_by_length_or_number():
     train = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 5.0]])
     labels = torch.tensor([0, 0, 1])
-    test = torch.tensor([[3.0, 0.1], [0.1, 1.0], [0.0, 1.0]])
-    assert knn_accuracy(train, labels, test, torch.tensor([0, 1, 0])) == pytest.approx(2 / 3)
+    test = torch.tensor([[3.0, 0.1], [100.0, 1000.0], [0.0, 1.0]])
+    assert knn_accuracy(train, labels, test, torch.tensor([0, 1, 1])) == 1
+    assert knn_accuracy(train, labels, test, torch.tensor([1, 1, 1])) == pytest.approx(2 / 3)
 
 
 def test_linear_accuracy_is_that_of_sklearns_logistic_regression():
