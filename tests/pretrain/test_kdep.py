@@ -218,9 +218,10 @@ def test_loss_is_finite_without_variance(features: Tensor, aligner: Any) -> None
     assert student.grad.isfinite().all()
 
 
-def test_loss_is_float32_inside_autocast() -> None:
+@pytest.mark.parametrize("aligner", ["svd_pts", "conv1x1"])
+def test_loss_is_float32_inside_autocast(aligner: Any) -> None:
     alignment, student, teacher = fitted(), torch.randn(5, 4), teacher_features(5)
-    loss = KDEPLoss(alignment)
+    loss = KDEPLoss(alignment, aligner)
     with torch.autocast("cpu", torch.bfloat16):
         inside = loss(student.bfloat16(), teacher)
     assert inside.dtype == torch.float32

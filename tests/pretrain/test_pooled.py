@@ -135,6 +135,7 @@ def test_model_is_left_as_it_was(make_net: Any) -> None:
         PooledFeatures(model.eval())(IMAGES)
     model.train()
     model[4].eval()
+    PooledFeatures(model, at="3")(IMAGES)
     features = PooledFeatures(model)
     features(IMAGES)
     assert [module.training for module in model] == [True] * 4 + [False] + [True] * 3
@@ -166,6 +167,16 @@ def test_unknown_place_is_refused_with_the_names_there_are(make_net: Any) -> Non
 def test_model_without_a_classifier_is_refused(make_net: Any) -> None:
     with pytest.raises(ValueError, match="Sequential has no classifier"):
         PooledFeatures(make_net()[:6])(IMAGES)
+
+
+def test_linear_layer_on_tokens_is_no_classifier() -> None:
+    with pytest.raises(ValueError, match="Sequential has no classifier"):
+        PooledFeatures(nn.Sequential(nn.Flatten(2), nn.Linear(1024, 5)))(IMAGES)
+
+
+def test_of_two_activations_with_one_output_the_last_counts() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 6), nn.ReLU(), nn.ReLU(), nn.Linear(6, 2))
+    torch.testing.assert_close(PooledFeatures(model)(IMAGES), model[:3](IMAGES))
 
 
 def test_place_that_fires_twice_is_refused() -> None:
