@@ -10,7 +10,7 @@ import torch
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = REPOSITORY / "examples"
-sys.path.insert(0, str(EXAMPLES))
+sys.path[:0] = map(str, (EXAMPLES, Path(__file__).parent))
 
 
 @pytest.fixture(scope="module", autouse=True)

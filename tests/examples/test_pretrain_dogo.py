@@ -11,6 +11,7 @@ from frozen_features import knn_accuracy, linear_accuracy
 from run_folder import RunFolder
 from sklearn.linear_model import LogisticRegression
 from torchvision.transforms.v2 import functional as transforms
+from written_runs import assert_same_weights, metrics, weights
 
 from sfr.pretrain import TwoViewNetwork
 
@@ -19,19 +20,6 @@ def pretrain(output_dir, *arguments):
     """Two epochs of two steps on 40 digits."""
     small = ["--limit", "40", "--batch-size", "16", "--image-size", "8", "--epochs", "2", "--models", "resnet8"]
     return pretrain_dogo.main([*small, "wrn_16_2", "--output-dir", str(output_dir), *arguments])
-
-
-def weights(folder):
-    return torch.load(folder / "model.pt", weights_only=True)
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_weights(left, right):
-    assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import torchvision
 import train_cifar
 from cifar_models import build_model
 from torch import nn
+from written_runs import assert_same_weights, metrics, weights
 
 from sfr.pretrain import Alignment
 
@@ -29,19 +30,6 @@ def small(output_dir, *arguments):
 
 def run(output_dir, *arguments):
     return pretrain_kdep.main(small(output_dir, *arguments))
-
-
-def weights(folder):
-    return torch.load(folder / "model.pt", weights_only=True)
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_weights(left, right):
-    assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
 @pytest.fixture(scope="module")

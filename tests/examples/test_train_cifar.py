@@ -15,6 +15,7 @@ from cifar_data import load_splits
 from cifar_metrics import ClassificationMetric
 from cifar_models import build_model
 from run_folder import RunFolder
+from written_runs import assert_same_weights, metrics, weights
 
 
 def small(output_dir, *arguments):
@@ -27,19 +28,6 @@ def small(output_dir, *arguments):
 
 def train(output_dir, *arguments):
     return train_cifar.main(small(output_dir, *arguments))
-
-
-def weights(folder):
-    return torch.load(folder / "model.pt", weights_only=True)
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_weights(left, right):
-    assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
 def timeless(records):
