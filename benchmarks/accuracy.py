@@ -1,0 +1,136 @@
+"""Does it help: sfr, its parts and its peers, trained alike on CIFAR and judged once, at the last epoch.
+
+    python benchmarks/accuracy.py --data-dir DIR --schedule tenth --arms vanilla sfr --seeds 0 1 2
+    python benchmarks/accuracy.py --data-dir DIR --plan cpu --workers 2      # all cells behind docs/accuracy.md
+    python benchmarks/accuracy.py --data-dir DIR --plan gpu --workers 4      # ResNet-18, 200 epochs
+
+A cell is one arm, model, data set, seed and schedule, and one JSON file; cells that have theirs are not run again, and
+a cell that was killed goes on. Choices are made with `--part held-out`, on 5,000 images taken from the training set;
+with `--part test` a network trains on all images and the test set is looked at once. benchmarks/report.py makes tables
+and plots of the cells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from baselines import parse_arm
+from cell import Cell, Schedule, run_cell
+from images import ROOT, decoded
+
+RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
+CACHE = ROOT / "benchmarks" / ".cache"
+
+SCHEDULES = {
+    "tenth": Schedule(epochs=60, per_class=50),
+    "tenth-16px": Schedule(epochs=60, per_class=50, image_size=16),
+    "noise20-16px": Schedule(epochs=40, per_class=100, image_size=16, label_noise=0.2),
+    "noise40-16px": Schedule(epochs=40, per_class=100, image_size=16, label_noise=0.4),
+    "full-30": Schedule(epochs=30),
+    "full-200": Schedule(epochs=200),
+    "full-200-autoaugment": Schedule(epochs=200, augmentation="autoaugment-cutout"),
+}
+# glibc hands big blocks back to the system at once and zeroes them anew; keeping them trains a third faster on a CPU.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_TOP_PAD_": str(2**28)}
+
+
+def main() -> None:
+    """Run the cells that have no file yet."""
+    args = parse_arguments()
+    if args.cell:
+        cell = Cell(**json.loads(args.cell))
+        run_cell(cell, SCHEDULES[cell.schedule], args.data_dir, RESULTS, CACHE, torch.device(args.device))
+        return
+    missing = [cell for cell in asked_for(args) if not (RESULTS / cell.file).exists()]
+    for dataset in {cell.dataset for cell in missing}:
+        decoded(dataset, args.data_dir, CACHE)
+    run_all(missing, args)
+
+
+def asked_for(args: argparse.Namespace) -> list[Cell]:
+    """Return the cells of the command line, seed by seed, so that whatever is there at a kill is paired."""
+    return [
+        Cell(arm, seed, args.part, args.schedule, args.model, args.dataset) for seed in args.seeds for arm in args.arms
+    ]
+
+
+def run_all(cells: Sequence[Cell], args: argparse.Namespace) -> None:
+    """Run cells in processes of their own, as many at once as there are workers, and say how long it will take."""
+    waiting, running, failed = list(cells), {}, []
+    sizes = {cell: size(cell) for cell in cells}
+    done, start = 0, time.perf_counter()
+    while waiting or running:
+        while waiting and len(running) < args.workers:
+            cell = waiting.pop(0)
+            running[cell] = start_cell(cell, args)
+        time.sleep(0.2)
+        for cell in [cell for cell, process in running.items() if process.poll() is not None]:
+            if running.pop(cell).returncode:
+                failed.append(cell)
+            done += sizes[cell]
+            left = sum(sizes.values()) - done
+            minutes = left / done * (time.perf_counter() - start) / 60
+            print(f"{described(cell)} | {len(waiting) + len(running)} left, about {minutes:.0f} min", flush=True)
+    if failed:
+        raise SystemExit(f"{len(failed)} cells failed: {', '.join(str(cell.file) for cell in failed)}")
+
+
+def start_cell(cell: Cell, args: argparse.Namespace) -> subprocess.Popen[bytes]:
+    threads = {"OMP_NUM_THREADS": "1"} if args.device == "cpu" else {}
+    command = [sys.executable, __file__, "--cell", json.dumps(asdict(cell)), "--device", args.device]
+    if args.data_dir:
+        command += ["--data-dir", str(args.data_dir)]
+    return subprocess.Popen(command, env=os.environ | KEEP_MEMORY | threads)
+
+
+def size(cell: Cell) -> int:
+    """Return how much there is to train, in images times pixels."""
+    schedule = SCHEDULES[cell.schedule]
+    images = 50_000 if schedule.per_class is None else 100 * schedule.per_class
+    return schedule.epochs * images * schedule.image_size**2
+
+
+def described(cell: Cell) -> str:
+    file = RESULTS / cell.file
+    if not file.exists():
+        return f"{cell.file}: failed"
+    record = json.loads(file.read_text())
+    accuracy = record["result"]["accuracy"]
+    return f"{cell.file.stem}: {accuracy:.2%} in {record['seconds']:.0f} s, {record['images_per_second']} images/s"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data-dir", type=Path, help="folder with the data set's Parquet files, in place of the Hub")
+    add("--arms", nargs="+", default=["vanilla", "sfr"], type=known_arm, help='as in "sfr@weight=0.2,pairs=last"')
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    add("--schedule", choices=SCHEDULES, default="tenth")
+    add("--part", choices=["held-out", "test"], default="test", help="what the last epoch is judged on")
+    add("--model", default="resnet20", help="as in examples/train_cifar.py")
+    add("--dataset", choices=["cifar100", "cifar10"], default="cifar100")
+    add("--workers", type=int, default=os.cpu_count(), help="cells that run at once")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--cell", help=argparse.SUPPRESS)  # what a worker is started with
+    return parser.parse_args()
+
+
+def known_arm(spec: str) -> str:
+    try:
+        parse_arm(spec)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return spec
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""The arms of the comparison, by name. Each is written from its paper and has a plain reference in the tests."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+from baselines.arm import Arm, Task
+from baselines.label_smoothing import LabelSmoothing
+from baselines.self_feature import SelfFeature
+
+METHODS: dict[str, type[Arm]] = {
+    "vanilla": Arm,
+    "label-smoothing": LabelSmoothing,
+    "sfr": SelfFeature,
+}
+
+
+def build_arm(spec: str, task: Task) -> Arm:
+    """Return the arm called `spec`: a method's name, and after an @ its options, as in "sfr@weight=0.2,pairs=last"."""
+    name, options = parse_arm(spec)
+    return METHODS[name](task, **options)
+
+
+def parse_arm(spec: str) -> tuple[str, dict[str, Any]]:
+    """Split "method@key=value,key=value" into the method's name and its options.
+
+    Raises:
+        ValueError: for an unknown method or an option without a value.
+    """
+    name, _, listed = spec.partition("@")
+    if name not in METHODS:
+        raise ValueError(f"no arm is called {name!r}; there are {', '.join(METHODS)}")
+    options = {}
+    for option in filter(None, listed.split(",")):
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise ValueError(f"arm {spec!r}: {option!r} is not key=value")
+        options[key] = literal(value)
+    return name, options
+
+
+def literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

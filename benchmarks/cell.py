@@ -1,0 +1,239 @@
+"""One cell of the accuracy benchmark: one arm, trained once with one seed and judged at its last epoch."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from baselines import build_arm
+from baselines.arm import Arm, Task
+from images import ROOT, SOURCES, Batches, Labelled, Parts, few_per_class, load_parts, resized, with_noise
+from overhead import environment
+from torch import Tensor
+from torch.optim import SGD
+
+sys.path.insert(0, str(ROOT / "examples"))
+from cifar_metrics import expected_calibration_error, log_softmax, top_k_accuracy
+from cifar_models import build_model
+
+SAVE_EVERY = 120  # seconds between two states that a killed cell goes on from
+EVALUATION_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a network is trained: SGD with Nesterov momentum 0.9, a short linear warm-up, then one cosine to zero."""
+
+    epochs: int
+    batch_size: int = 128
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+    image_size: int = 32
+    per_class: int | None = None  # labelled images of each class, drawn anew for each seed; None takes all
+    label_noise: float = 0.0  # share of the training labels that are replaced by another class
+    augmentation: str = "crop-flip"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is trained and on which part it is judged: "held-out", for choices, or "test", once."""
+
+    arm: str
+    seed: int
+    part: str
+    schedule: str
+    model: str = "resnet20"
+    dataset: str = "cifar100"
+
+    @property
+    def file(self) -> Path:
+        """Where the result lies, below the folder of all results."""
+        return Path(f"{self.schedule}-{self.part}", f"{self.dataset}-{self.model}-{self.arm}-seed{self.seed}.json")
+
+
+class CellRun:
+    """Training of one cell.
+
+    Runs with the same seed share initial weights, labelled images, wrong labels and the order of the images.
+    """
+
+    def __init__(self, cell: Cell, schedule: Schedule, parts: Parts, device: torch.device) -> None:
+        self.cell, self.schedule, self.device = cell, schedule, device
+        self.num_classes = SOURCES[cell.dataset].num_classes
+        draw = torch.Generator().manual_seed(cell.seed)
+        train = parts.train if schedule.per_class is None else few_per_class(parts.train, schedule.per_class, draw)
+        labels = with_noise(train.labels, schedule.label_noise, self.num_classes, draw)
+        self.train = Labelled(resized(train.pixels, schedule.image_size).to(device), labels.to(device))
+        self.judged = Labelled(resized(parts.judged.pixels, schedule.image_size).to(device), parts.judged.labels)
+        self.order, self.augmentation = (torch.Generator().manual_seed(10_000 * k + cell.seed) for k in (1, 2))
+        self.batches = self._batches_of(self.train.pixels)
+
+        torch.manual_seed(cell.seed)
+        self.model = build_model(cell.model, self.num_classes).to(device).to(memory_format=torch.channels_last)
+        if device.type == "cuda":
+            self.model.compile()
+        epoch_steps = len(labels) // schedule.batch_size
+        task = Task(
+            self.model, self.batches.augmented, self.train.labels, self.num_classes, schedule.epochs, epoch_steps
+        )
+        self.arm: Arm = build_arm(cell.arm, task).to(device).to(memory_format=torch.channels_last)
+        self.optimizer = SGD(
+            self.arm.parameters(),
+            schedule.lr,
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=schedule.weight_decay,
+            fused=True,
+        )
+        total = schedule.epochs * epoch_steps
+        self.warmup = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: warmup_then_cosine(step, total))
+        self.curve: list[dict[str, float]] = []
+        self.seconds = 0.0
+
+    def step(self, indices: Tensor) -> Tensor:
+        """Take one training step on the training images numbered `indices`; return the loss, 0-d."""
+        with torch.autocast(self.device.type, torch.bfloat16):
+            loss: Tensor = self.arm(indices)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.warmup.step()
+        return loss.detach()
+
+    def train_epoch(self) -> None:
+        """Go through the training images once, in whole batches."""
+        start = time.perf_counter()
+        self.arm.train()
+        order = torch.randperm(len(self.train.labels), generator=self.order)
+        size = self.schedule.batch_size
+        steps = len(order) // size
+        total = torch.stack([self.step(indices) for indices in order[: steps * size].split(size)]).sum().item()
+        self.arm.end_epoch()
+        self.seconds += time.perf_counter() - start
+        self.curve.append({"epoch": len(self.curve) + 1, "loss": round(total / steps, 5)})
+
+    def judge(self) -> dict[str, float]:
+        """Return accuracy, top-5 accuracy, calibration error and loss on the judged images, and the accuracy in training."""
+        seen = torch.randperm(len(self.train.labels), generator=torch.Generator().manual_seed(0))[
+            : EVALUATION_BATCH * 10
+        ]
+        fitted = self.logits(self.batches, seen).argmax(dim=1) == self.train.labels[seen].cpu()
+        images = self._batches_of(self.judged.pixels)
+        scores = judged(self.logits(images, torch.arange(len(self.judged.labels))), self.judged.labels)
+        return scores | {"train_accuracy": round(fitted.double().mean().item(), 5)}
+
+    def accuracy_on(self, pixels: Tensor, labels: Tensor) -> float:
+        """Return the accuracy on other uint8 images (N, 3, S, S), as large as those trained on."""
+        logits = self.logits(self._batches_of(pixels.to(self.device)), torch.arange(len(labels)))
+        return round((logits.argmax(dim=1) == labels).double().mean().item(), 5)
+
+    @torch.no_grad()
+    def logits(self, images: Batches, indices: Tensor) -> Tensor:
+        """Return the logits (N, K), float32 on the CPU, of the images numbered `indices`, as they are."""
+        self.arm.eval()
+        with torch.autocast(self.device.type, torch.bfloat16):
+            parts = [self.model(images.plain(part)).float().cpu() for part in indices.split(EVALUATION_BATCH)]
+        return torch.cat(parts)
+
+    def _batches_of(self, pixels: Tensor) -> Batches:
+        return Batches(pixels, self.cell.dataset, self.schedule.augmentation, self.augmentation)
+
+    def state(self) -> dict[str, Any]:
+        """Return all that changes in training, to go on from after a kill."""
+        return {
+            "arm": self.arm.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "warmup": self.warmup.state_dict(),
+            "generators": [g.get_state() for g in (self.order, self.augmentation)] + [torch.get_rng_state()],
+            "curve": self.curve,
+            "seconds": self.seconds,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over :meth:`state`."""
+        self.arm.load_state_dict(state["arm"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.warmup.load_state_dict(state["warmup"])
+        order, augmentation, everything_else = state["generators"]
+        self.order.set_state(order)
+        self.augmentation.set_state(augmentation)
+        torch.set_rng_state(everything_else)
+        self.curve, self.seconds = state["curve"], state["seconds"]
+
+
+def run_cell(
+    cell: Cell, schedule: Schedule, data_dir: Path | None, results: Path, cache: Path, device: torch.device
+) -> None:
+    """Train and judge one cell, and write its JSON; go on from where it was killed."""
+    run = CellRun(cell, schedule, load_parts(cell.dataset, data_dir, cache, cell.part), device)
+    file = results / cell.file
+    state_file = file.with_suffix(".state")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if state_file.exists():
+        run.restore(torch.load(state_file, map_location=device))
+    saved = time.perf_counter()
+    while len(run.curve) < schedule.epochs:
+        run.train_epoch()
+        if cell.part == "held-out" and len(run.curve) % 10 == 0:
+            run.curve[-1]["accuracy"] = run.judge()["accuracy"]
+        if time.perf_counter() - saved > SAVE_EVERY:
+            written(state_file, lambda path: torch.save(run.state(), path))
+            saved = time.perf_counter()
+    trained = schedule.epochs * (len(run.train.labels) // schedule.batch_size) * schedule.batch_size
+    record = {
+        "cell": asdict(cell),
+        "schedule": asdict(schedule),
+        "environment": environment(device),
+        "seconds": round(run.seconds, 1),
+        "images_per_second": round(trained / run.seconds),
+        "peak_bytes": peak_bytes(device),
+        "result": run.judge(),
+        "curve": run.curve,
+    }
+    written(file, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+    state_file.unlink(missing_ok=True)
+
+
+def written(file: Path, write: Callable[[Path], object]) -> None:
+    """Write a file so that it is there whole or not at all."""
+    partial = file.with_name(file.name + ".partial")
+    write(partial)
+    partial.replace(file)
+
+
+def warmup_then_cosine(step: int, total: int) -> float:
+    """Return the factor of the learning rate: linear over the first 5 % of the steps, then a cosine to zero."""
+    warmup = max(1, total // 20)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def judged(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return accuracy, top-5 accuracy, expected calibration error and cross-entropy of logits (N, K)."""
+    log_probabilities = log_softmax(logits.double().numpy())
+    truth = labels.numpy()
+    correct = log_probabilities.argmax(axis=1) == truth
+    scores = {
+        "accuracy": float(correct.mean()),
+        "top5": top_k_accuracy(log_probabilities, truth, 5),
+        "ece": expected_calibration_error(np.exp(log_probabilities.max(axis=1)), correct),
+        "loss": float(-log_probabilities[np.arange(len(truth)), truth].mean()),
+    }
+    return {name: round(value, 5) for name, value in scores.items()}
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most memory held so far: by tensors on the device, on a CPU by the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
