@@ -122,10 +122,9 @@ class CellRun:
         self.curve.append({"epoch": len(self.curve) + 1, "loss": round(total / steps, 5)})
 
     def judge(self) -> dict[str, float]:
-        """Return accuracy, top-5 accuracy, calibration error and loss on the judged images, and the accuracy in training."""
-        seen = torch.randperm(len(self.train.labels), generator=torch.Generator().manual_seed(0))[
-            : EVALUATION_BATCH * 10
-        ]
+        """Return the scores on the judged images, and the accuracy on those trained on."""
+        order = torch.randperm(len(self.train.labels), generator=torch.Generator().manual_seed(0))
+        seen = order[: 10 * EVALUATION_BATCH]
         fitted = self.logits(self.batches, seen).argmax(dim=1) == self.train.labels[seen].cpu()
         images = self._batches_of(self.judged.pixels)
         scores = judged(self.logits(images, torch.arange(len(self.judged.labels))), self.judged.labels)

@@ -20,5 +20,5 @@ class SelfFeature(Arm):
         return self.criterion(logits, labels)
 
     def end_epoch(self) -> None:
-        if self.model.config.update == "epoch":
+        if self.model.sfr_config.update == "epoch":
             self.criterion.end_epoch()
