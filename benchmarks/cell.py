@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from baselines import build_arm
 from baselines.arm import Arm, Task
+from corruptions import CORRUPTIONS, SEVERITIES, corrupted
 from images import ROOT, SOURCES, Batches, Labelled, Parts, few_per_class, load_parts, resized, with_noise
 from overhead import environment
 from torch import Tensor
@@ -27,6 +28,7 @@ from cifar_models import build_model
 
 SAVE_EVERY = 120  # seconds between two states that a killed cell goes on from
 EVALUATION_BATCH = 500
+CORRUPTED_IMAGES = 2500  # of the test set, for each of 24 corruptions
 
 
 @dataclass(frozen=True)
@@ -130,9 +132,18 @@ class CellRun:
         scores = judged(self.logits(images, torch.arange(len(self.judged.labels))), self.judged.labels)
         return scores | {"train_accuracy": round(fitted.double().mean().item(), 5)}
 
-    def accuracy_on(self, pixels: Tensor, labels: Tensor) -> float:
-        """Return the accuracy on other uint8 images (N, 3, S, S), as large as those trained on."""
-        logits = self.logits(self._batches_of(pixels.to(self.device)), torch.arange(len(labels)))
+    def judge_corrupted(self, images: Labelled) -> dict[str, dict[str, float]]:
+        """Return the accuracy on corrupted images, by severity and corruption."""
+        return {
+            str(severity): {
+                name: self._accuracy_on(corrupted(images.pixels, name, severity), images.labels) for name in CORRUPTIONS
+            }
+            for severity in SEVERITIES
+        }
+
+    def _accuracy_on(self, pixels: Tensor, labels: Tensor) -> float:
+        images = self._batches_of(resized(pixels, self.schedule.image_size).to(self.device))
+        logits = self.logits(images, torch.arange(len(labels)))
         return round((logits.argmax(dim=1) == labels).double().mean().item(), 5)
 
     @torch.no_grad()
@@ -173,7 +184,8 @@ def run_cell(
     cell: Cell, schedule: Schedule, data_dir: Path | None, results: Path, cache: Path, device: torch.device
 ) -> None:
     """Train and judge one cell, and write its JSON; go on from where it was killed."""
-    run = CellRun(cell, schedule, load_parts(cell.dataset, data_dir, cache, cell.part), device)
+    parts = load_parts(cell.dataset, data_dir, cache, cell.part)
+    run = CellRun(cell, schedule, parts, device)
     file = results / cell.file
     state_file = file.with_suffix(".state")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -198,6 +210,8 @@ def run_cell(
         "result": run.judge(),
         "curve": run.curve,
     }
+    if cell.part == "test":
+        record["corrupted"] = run.judge_corrupted(parts.judged.take(torch.arange(CORRUPTED_IMAGES)))
     written(file, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
     state_file.unlink(missing_ok=True)
 
