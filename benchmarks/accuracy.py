@@ -27,10 +27,8 @@ from baselines import parse_arm
 from cell import Cell, Schedule, run_cell
 from images import ROOT, decoded
 
-RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
-CACHE = ROOT / "benchmarks" / ".cache"
-
 SCHEDULES = {
+    "smoke": Schedule(epochs=2, batch_size=32, per_class=4, image_size=16),
     "tenth": Schedule(epochs=60, per_class=50),
     "tenth-16px": Schedule(epochs=60, per_class=50, image_size=16),
     "noise20-16px": Schedule(epochs=40, per_class=100, image_size=16, label_noise=0.2),
@@ -48,11 +46,13 @@ def main() -> None:
     args = parse_arguments()
     if args.cell:
         cell = Cell(**json.loads(args.cell))
-        run_cell(cell, SCHEDULES[cell.schedule], args.data_dir, RESULTS, CACHE, torch.device(args.device))
+        run_cell(cell, SCHEDULES[cell.schedule], args.data_dir, args.results, args.cache, torch.device(args.device))
         return
-    missing = [cell for cell in asked_for(args) if not (RESULTS / cell.file).exists()]
+    cells = asked_for(args)
+    missing = [cell for cell in cells if not (args.results / cell.file).exists()]
+    print(f"{len(cells)} cells, {len(missing)} to run, {args.workers} at once", flush=True)
     for dataset in {cell.dataset for cell in missing}:
-        decoded(dataset, args.data_dir, CACHE)
+        decoded(dataset, args.data_dir, args.cache)
     run_all(missing, args)
 
 
@@ -79,7 +79,10 @@ def run_all(cells: Sequence[Cell], args: argparse.Namespace) -> None:
             done += sizes[cell]
             left = sum(sizes.values()) - done
             minutes = left / done * (time.perf_counter() - start) / 60
-            print(f"{described(cell)} | {len(waiting) + len(running)} left, about {minutes:.0f} min", flush=True)
+            print(
+                f"{described(cell, args.results)} | {len(waiting) + len(running)} left, about {minutes:.0f} min",
+                flush=True,
+            )
     if failed:
         raise SystemExit(f"{len(failed)} cells failed: {', '.join(str(cell.file) for cell in failed)}")
 
@@ -87,6 +90,7 @@ def run_all(cells: Sequence[Cell], args: argparse.Namespace) -> None:
 def start_cell(cell: Cell, args: argparse.Namespace) -> subprocess.Popen[bytes]:
     threads = {"OMP_NUM_THREADS": "1"} if args.device == "cpu" else {}
     command = [sys.executable, __file__, "--cell", json.dumps(asdict(cell)), "--device", args.device]
+    command += ["--results", str(args.results), "--cache", str(args.cache)]
     if args.data_dir:
         command += ["--data-dir", str(args.data_dir)]
     return subprocess.Popen(command, env=os.environ | KEEP_MEMORY | threads)
@@ -99,8 +103,8 @@ def size(cell: Cell) -> int:
     return schedule.epochs * images * schedule.image_size**2
 
 
-def described(cell: Cell) -> str:
-    file = RESULTS / cell.file
+def described(cell: Cell, results: Path) -> str:
+    file = results / cell.file
     if not file.exists():
         return f"{cell.file}: failed"
     record = json.loads(file.read_text())
@@ -120,6 +124,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--dataset", choices=["cifar100", "cifar10"], default="cifar100")
     add("--workers", type=int, default=os.cpu_count(), help="cells that run at once")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--results", type=Path, default=ROOT / "benchmarks" / "results" / "accuracy", help="folder of the JSON files")
+    add("--cache", type=Path, default=ROOT / "benchmarks" / ".cache", help="folder of the decoded images")
     add("--cell", help=argparse.SUPPRESS)  # what a worker is started with
     return parser.parse_args()
 
