@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -37,6 +37,54 @@ SCHEDULES = {
     "full-200": Schedule(epochs=200),
     "full-200-autoaugment": Schedule(epochs=200, augmentation="autoaugment-cutout"),
 }
+
+
+@dataclass(frozen=True)
+class Round:
+    """Cells that belong together: some arms and seeds of one schedule."""
+
+    schedule: str
+    part: str
+    seeds: Sequence[int]
+    arms: Sequence[str]
+    model: str = "resnet20"
+    dataset: str = "cifar100"
+
+    def cells(self) -> list[Cell]:
+        """Return the cells seed by seed, so that whatever is there at a kill is paired."""
+        return [
+            Cell(arm, seed, self.part, self.schedule, self.model, self.dataset)
+            for seed in self.seeds
+            for arm in self.arms
+        ]
+
+
+PEERS = ("label-smoothing", "online-label-smoothing", "tf-kd-reg", "ps-kd", "cs-kd", "dlb", "byot", "tfd")
+LADDER = (
+    "tfd@grouping=segments",
+    "sfr@smoothing=none,grouping=crop",
+    "sfr@smoothing=none,grouping=mean",
+    "sfr@smoothing=none",
+    "sfr@weight=0",
+)
+MAIN = ("vanilla", "label-smoothing", "sfr")
+# What docs/accuracy.md is made of. Choices were made on the held-out part with seeds that the final runs do not have.
+PLANS = {
+    "cpu": [
+        Round("tenth-16px", "test", range(3), ("vanilla", "sfr", *PEERS, "cutmix", "sfr-cutmix", "vanilla-longer")),
+        Round("tenth-16px", "test", range(3), LADDER),
+        Round("noise20-16px", "test", range(3), MAIN),
+        Round("noise40-16px", "test", range(3), MAIN),
+        Round("tenth", "test", range(3), MAIN),
+    ],
+    "gpu": [
+        Round("full-200", "test", range(3), (*MAIN, "ps-kd"), "resnet18"),
+        Round("full-200", "test", range(5), ("vanilla", "sfr", *PEERS, "cutmix", "sfr-cutmix"), "resnet18"),
+        Round("full-200", "test", range(3), LADDER, "resnet18"),
+        Round("full-200-autoaugment", "test", range(3), MAIN, "resnet18"),
+        Round("full-200", "test", range(3), MAIN, "wrn_28_10"),
+    ],
+}
 # glibc hands big blocks back to the system at once and zeroes them anew; keeping them trains a third faster on a CPU.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_TOP_PAD_": str(2**28)}
 
@@ -48,7 +96,7 @@ def main() -> None:
         cell = Cell(**json.loads(args.cell))
         run_cell(cell, SCHEDULES[cell.schedule], args.data_dir, args.results, args.cache, torch.device(args.device))
         return
-    cells = asked_for(args)
+    cells = list(dict.fromkeys(cell for round_ in rounds(args) for cell in round_.cells()))
     missing = [cell for cell in cells if not (args.results / cell.file).exists()]
     print(f"{len(cells)} cells, {len(missing)} to run, {args.workers} at once", flush=True)
     for dataset in {cell.dataset for cell in missing}:
@@ -56,11 +104,11 @@ def main() -> None:
     run_all(missing, args)
 
 
-def asked_for(args: argparse.Namespace) -> list[Cell]:
-    """Return the cells of the command line, seed by seed, so that whatever is there at a kill is paired."""
-    return [
-        Cell(arm, seed, args.part, args.schedule, args.model, args.dataset) for seed in args.seeds for arm in args.arms
-    ]
+def rounds(args: argparse.Namespace) -> list[Round]:
+    """Return what the command line asks for."""
+    if args.plan:
+        return PLANS[args.plan]
+    return [Round(args.schedule, args.part, args.seeds, args.arms, args.model, args.dataset)]
 
 
 def run_all(cells: Sequence[Cell], args: argparse.Namespace) -> None:
@@ -116,6 +164,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data-dir", type=Path, help="folder with the data set's Parquet files, in place of the Hub")
+    add("--plan", choices=PLANS, help="all cells of a comparison, in place of the options that name cells")
     add("--arms", nargs="+", default=["vanilla", "sfr"], type=known_arm, help='as in "sfr@weight=0.2,pairs=last"')
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--schedule", choices=SCHEDULES, default="tenth")
