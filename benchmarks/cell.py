@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from baselines import build_arm
 from baselines.arm import Arm, Task
-from images import ROOT, SOURCES, Batches, Labelled, Parts, few_per_class, load_parts, resized, with_noise
+from images import ROOT, Batches, Parts, few_per_class, load_parts, resized, with_noise
 from overhead import environment
 from torch import Tensor
 from torch.optim import SGD
 
 sys.path.insert(0, str(ROOT / "examples"))
+from cifar_data import SOURCES, Labelled
 from cifar_metrics import expected_calibration_error, log_softmax, top_k_accuracy
 from cifar_models import build_model
 

@@ -93,7 +93,8 @@ class Batches:
 
     def plain(self, indices: Tensor) -> Tensor:
         """Return the images numbered (B,) as they are, float (B, 3, S, S)."""
-        return self._normalised(self._windows(indices, *torch.full((2, len(indices), 1), self.padding)))
+        centre = torch.full((len(indices), 1), self.padding)
+        return self._normalised(self._windows(indices, centre, centre))
 
     def augmented(self, indices: Tensor) -> Tensor:
         """Return the images numbered (B,), each cut and flipped at random, float (B, 3, S, S)."""
