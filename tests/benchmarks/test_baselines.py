@@ -130,14 +130,15 @@ def test_vanilla_and_label_smoothing(task: Task) -> None:
     )
 
 
-def test_the_virtual_teacher_is_a_softened_99_per_cent(task: Task) -> None:
+@pytest.mark.parametrize(("options", "temperature"), [("", 20), ("@temperature=0.2", 0.2)])
+def test_the_virtual_teacher_is_a_softened_99_per_cent(task: Task, options: str, temperature: float) -> None:
     logits, labels = logits_of(task, batch()), task.labels[batch()]
     teacher = []
     for label in labels.tolist():
-        powers = [math.exp((0.99 if k == label else 0.01 / (CLASSES - 1)) / 20) for k in range(CLASSES)]
+        powers = [math.exp((0.99 if k == label else 0.01 / (CLASSES - 1)) / temperature) for k in range(CLASSES)]
         teacher.append([power / sum(powers) for power in powers])
     expected = 0.9 * cross_entropy(logits, labels) + 0.1 * kl(np.array(teacher), softmax(logits))
-    assert build_arm("tf-kd-reg", task)(batch()).item() == pytest.approx(expected, rel=1e-5)
+    assert build_arm("tf-kd-reg" + options, task)(batch()).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_online_label_smoothing_learns_from_the_correct_images_of_the_last_epoch(task: Task) -> None:
