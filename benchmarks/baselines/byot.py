@@ -16,10 +16,10 @@ class BeYourOwnTeacher(Arm):
 
         (1 - alpha) * cross-entropy + alpha * KL(network || classifier) + beta * distance of the features
 
-    Predictions are softened by the temperature in the divergence; the features are those before the linear layer,
-    their distance the mean of squares; the network's own side gets no gradient from either. Alpha and temperature are
-    the defaults of the authors' code. Their later weight of the features belongs to another distance; beta is that of
-    Self-KD-Lib, a public comparison on CIFAR-100.
+    Predictions are softened by the temperature in the divergence, which is not multiplied by its square; the features
+    are those before the linear layer, their distance the mean of squares; the network's own side gets no gradient from
+    either. Alpha and temperature are the defaults of the authors' code, that of their later journal version. Its weight
+    of the features belongs to another distance; beta is that of Self-KD-Lib, a public comparison on CIFAR-100.
     """
 
     model: sfr.SFRWrapper

@@ -15,8 +15,8 @@ class LastMiniBatch(Arm):
 
     As in the authors' code each batch is seen in two steps, augmented anew, so that a step trains on two batches and
     an epoch sees each image twice; the cross-entropy is the mean over both. Predictions are softened by the
-    temperature, the divergence multiplied by its square. Alpha and temperature are those the project reports for
-    CIFAR-100.
+    temperature, the divergence multiplied by its square. The authors' code has no defaults for alpha and temperature;
+    these are the values reported for the paper.
     """
 
     def __init__(self, task: Task, temperature: float = 3.0, alpha: float = 1.0) -> None:
