@@ -113,7 +113,8 @@ def rounds(args: argparse.Namespace) -> list[Round]:
 
 def run_all(cells: Sequence[Cell], args: argparse.Namespace) -> None:
     """Run cells in processes of their own, as many at once as there are workers, and say how long it will take."""
-    waiting, running, failed = list(cells), {}, []
+    waiting, failed = list(cells), []
+    running: dict[Cell, subprocess.Popen[bytes]] = {}
     sizes = {cell: size(cell) for cell in cells}
     done, start = 0, time.perf_counter()
     while waiting or running:

@@ -17,12 +17,13 @@ import torch
 from baselines import build_arm
 from baselines.arm import Arm, Task
 from corruptions import CORRUPTIONS, SEVERITIES, corrupted
-from images import ROOT, SOURCES, Batches, Labelled, Parts, few_per_class, load_parts, resized, with_noise
+from images import ROOT, Batches, Parts, few_per_class, load_parts, resized, with_noise
 from overhead import environment
 from torch import Tensor
 from torch.optim import SGD
 
 sys.path.insert(0, str(ROOT / "examples"))
+from cifar_data import SOURCES, Labelled
 from cifar_metrics import expected_calibration_error, log_softmax, top_k_accuracy
 from cifar_models import build_model
 
@@ -96,7 +97,8 @@ class CellRun:
             weight_decay=schedule.weight_decay,
             fused=True,
         )
-        total = schedule.epochs * epoch_steps
+        self.epochs = round(schedule.epochs * self.arm.epochs_factor)
+        total = self.epochs * epoch_steps
         self.warmup = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: warmup_then_cosine(step, total))
         self.curve: list[dict[str, float]] = []
         self.seconds = 0.0
@@ -173,7 +175,7 @@ class CellRun:
         self.arm.load_state_dict(state["arm"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.warmup.load_state_dict(state["warmup"])
-        order, augmentation, everything_else = state["generators"]
+        order, augmentation, everything_else = (generator.cpu() for generator in state["generators"])
         self.order.set_state(order)
         self.augmentation.set_state(augmentation)
         torch.set_rng_state(everything_else)
@@ -192,14 +194,14 @@ def run_cell(
     if state_file.exists():
         run.restore(torch.load(state_file, map_location=device))
     saved = time.perf_counter()
-    while len(run.curve) < schedule.epochs:
+    while len(run.curve) < run.epochs:
         run.train_epoch()
         if cell.part == "held-out" and len(run.curve) % 10 == 0:
             run.curve[-1]["accuracy"] = run.judge()["accuracy"]
         if time.perf_counter() - saved > SAVE_EVERY:
             written(state_file, lambda path: torch.save(run.state(), path))
             saved = time.perf_counter()
-    trained = schedule.epochs * (len(run.train.labels) // schedule.batch_size) * schedule.batch_size
+    trained = run.epochs * (len(run.train.labels) // schedule.batch_size) * schedule.batch_size
     record = {
         "cell": asdict(cell),
         "schedule": asdict(schedule),

@@ -93,13 +93,14 @@ class Batches:
 
     def plain(self, indices: Tensor) -> Tensor:
         """Return the images numbered (B,) as they are, float (B, 3, S, S)."""
-        return self._normalised(self._windows(indices, *torch.full((2, len(indices), 1), self.padding)))
+        centre = torch.full((len(indices), 1), self.padding)
+        return self._normalised(self._windows(indices, centre, centre))
 
     def augmented(self, indices: Tensor) -> Tensor:
         """Return the images numbered (B,), each cut and flipped at random, float (B, 3, S, S)."""
-        offsets = torch.randint(0, 2 * self.padding + 1, (2, len(indices), 1), generator=self.generator)
+        top, left = torch.randint(0, 2 * self.padding + 1, (2, len(indices), 1), generator=self.generator)
         mirrored = torch.rand(len(indices), 1, generator=self.generator) < 0.5 * self.flip
-        windows = self._windows(indices, *offsets, mirrored)
+        windows = self._windows(indices, top, left, mirrored)
         if self.recipe == "autoaugment-cutout":
             windows = self._cutout(self._autoaugment(windows))
         return self._normalised(windows)

@@ -6,13 +6,32 @@ import ast
 from typing import Any
 
 from baselines.arm import Arm, Task
+from baselines.byot import BeYourOwnTeacher
+from baselines.cs_kd import ClassWise
+from baselines.cutmix import CutMix, SelfFeatureCutMix
+from baselines.dlb import LastMiniBatch
 from baselines.label_smoothing import LabelSmoothing
+from baselines.online_label_smoothing import OnlineLabelSmoothing
+from baselines.ps_kd import Progressive
 from baselines.self_feature import SelfFeature
+from baselines.tf_kd import VirtualTeacher
+from baselines.tfd import TeacherFreeFeatureDistillation
+from baselines.vanilla_longer import VanillaLonger
 
 METHODS: dict[str, type[Arm]] = {
     "vanilla": Arm,
+    "vanilla-longer": VanillaLonger,
     "label-smoothing": LabelSmoothing,
+    "online-label-smoothing": OnlineLabelSmoothing,
+    "tf-kd-reg": VirtualTeacher,
+    "cs-kd": ClassWise,
+    "ps-kd": Progressive,
+    "dlb": LastMiniBatch,
+    "byot": BeYourOwnTeacher,
+    "tfd": TeacherFreeFeatureDistillation,
+    "cutmix": CutMix,
     "sfr": SelfFeature,
+    "sfr-cutmix": SelfFeatureCutMix,
 }
 
 

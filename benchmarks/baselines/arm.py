@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+OWN_DRAWS = 30_000  # added to the seed of the run
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Arm(nn.Module):
     buffers of an arm are trained and saved with the model's; at the end the model is judged without them.
     """
 
+    epochs_factor: float = 1.0  # epochs of this arm to those of the schedule
+
     def __init__(self, task: Task) -> None:
         super().__init__()
         self.task = task
@@ -52,3 +57,27 @@ class Arm(nn.Module):
 
     def end_epoch(self) -> None:
         """Do whatever the method does between two epochs."""
+
+
+class Draws(nn.Module):
+    """A generator on the CPU for what an arm alone draws; part of an arm, it is saved with it.
+
+    What all arms draw, initial weights and the order of the images, stays the same for the same seed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(OWN_DRAWS + torch.initial_seed())
+
+    def get_extra_state(self) -> Tensor:
+        return self.generator.get_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.generator.set_state(state.cpu())
+
+
+def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return KL(teacher || prediction), 0-d, of logits (B, K) over the temperature; the teacher gets no gradient."""
+    predicted = F.log_softmax(logits.float() / temperature, dim=1)
+    target = F.softmax(teacher.detach().float() / temperature, dim=1)
+    return F.kl_div(predicted, target, reduction="batchmean")

@@ -11,6 +11,8 @@ from baselines.arm import Arm, Task
 class SelfFeature(Arm):
     """Self-feature regularization; options are fields of :class:`sfr.SFRConfig`."""
 
+    model: sfr.SFRWrapper
+
     def __init__(self, task: Task, **config: Any) -> None:
         super().__init__(task)
         self.model = sfr.SFRWrapper(task.model, **config)

@@ -1,9 +1,7 @@
-"""The benchmarks are scripts, not a package: their folder and that of the examples go on the path."""
+"""Put benchmarks/ and examples/ on the path."""
 
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-for folder in ("examples", "benchmarks"):
-    if str(ROOT / folder) not in sys.path:
-        sys.path.insert(0, str(ROOT / folder))
+REPOSITORY = Path(__file__).parents[2]
+sys.path[:0] = [str(REPOSITORY / "benchmarks"), str(REPOSITORY / "examples")]
