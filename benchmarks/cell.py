@@ -94,7 +94,8 @@ class CellRun:
             weight_decay=schedule.weight_decay,
             fused=True,
         )
-        total = schedule.epochs * epoch_steps
+        self.epochs = round(schedule.epochs * self.arm.epochs_factor)
+        total = self.epochs * epoch_steps
         self.warmup = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: warmup_then_cosine(step, total))
         self.curve: list[dict[str, float]] = []
         self.seconds = 0.0
@@ -180,14 +181,14 @@ def run_cell(
     if state_file.exists():
         run.restore(torch.load(state_file, map_location=device))
     saved = time.perf_counter()
-    while len(run.curve) < schedule.epochs:
+    while len(run.curve) < run.epochs:
         run.train_epoch()
         if cell.part == "held-out" and len(run.curve) % 10 == 0:
             run.curve[-1]["accuracy"] = run.judge()["accuracy"]
         if time.perf_counter() - saved > SAVE_EVERY:
             written(state_file, lambda path: torch.save(run.state(), path))
             saved = time.perf_counter()
-    trained = schedule.epochs * (len(run.train.labels) // schedule.batch_size) * schedule.batch_size
+    trained = run.epochs * (len(run.train.labels) // schedule.batch_size) * schedule.batch_size
     record = {
         "cell": asdict(cell),
         "schedule": asdict(schedule),

@@ -37,6 +37,8 @@ class Arm(nn.Module):
     buffers of an arm are trained and saved with the model's; at the end the model is judged without them.
     """
 
+    epochs_factor: float = 1.0  # epochs of this arm to those of the schedule
+
     def __init__(self, task: Task) -> None:
         super().__init__()
         self.task = task
