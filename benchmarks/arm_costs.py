@@ -86,15 +86,15 @@ def measure(runs: dict[str, CellRun], repeats: int, train_steps: int) -> dict[st
         for _ in range(train_steps):
             steps[arm]()
         between[arm] = seconds_between_epochs(run)
-    costs = {}
-    for arm, cost in compare_steps(steps, device, repeats, warmup=2).items():
+    costs: dict[str, dict[str, Any]] = {}
+    for arm, step in compare_steps(steps, device, repeats, warmup=2).items():
         run = runs[arm]
         epoch_steps = len(run.train.labels) // run.schedule.batch_size
         costs[arm] = {
-            "step_seconds": cost.median,
-            "all_step_seconds": [round(seconds, 5) for seconds in cost.seconds],
-            "training_seconds": run.epochs * (epoch_steps * cost.median + between[arm]),
-            "peak_bytes": cost.peak_bytes + kept_bytes(run),
+            "step_seconds": step.median,
+            "all_step_seconds": [round(seconds, 5) for seconds in step.seconds],
+            "training_seconds": run.epochs * (epoch_steps * step.median + between[arm]),
+            "peak_bytes": step.peak_bytes + kept_bytes(run),
         }
     base = costs[BASE]
     for cost in costs.values():
