@@ -64,7 +64,7 @@ SEVERITIES = ("1", "3", "5")
 
 LEGEND = """\
 Accuracy in % at the last epoch, mean ± standard deviation over the seeds. "Against vanilla" is the difference in points
-paired by seed, mean ± standard error (the seeds are counted where they are not all paired). ECE is the expected
+paired by seed, mean ± standard error; where only some of the seeds have a pair, it says how many. ECE is the expected
 calibration error. Time and memory are those of training, relative to vanilla's (`python benchmarks/arm_costs.py`)."""
 NOTHING_YET = (
     "No cells have been run yet: `python benchmarks/accuracy.py` runs them, `benchmarks/report.py` writes here."
@@ -78,11 +78,9 @@ def main() -> None:
     check = parser.parse_args().check
     groups = read_groups(RESULTS)
     outdated = {page: text for page, text in pages(groups).items() if page.read_text() != text}
-    if check and outdated:
-        names = ", ".join(str(page.relative_to(ROOT)) for page in outdated)
-        raise SystemExit(f"out of date: {names}; python benchmarks/report.py writes them anew")
     if check:
-        return
+        names = ", ".join(str(page.relative_to(ROOT)) for page in outdated)
+        raise SystemExit(f"out of date: {names}; python benchmarks/report.py writes them anew" if outdated else 0)
     for page, text in outdated.items():
         page.write_text(text)
     if panels := {group.title: points(group) for group in groups if is_main(group) and points(group)}:
@@ -109,8 +107,8 @@ def inserted(page: Path, generated: str) -> str:
 def readme_part(groups: Sequence[Group]) -> str:
     main_groups = [group for group in groups if is_main(group)]
     names = {arm: named(arm) for arm in MAIN_ARMS}
-    parts = [f"{facts(group)}\n\n{arms_table(group, names)}{not_run(group)}" for group in main_groups]
-    return "\n\n".join([LEGEND, *parts]) if parts else NOTHING_YET
+    parts = [part for group in main_groups for part in (facts(group), arms_table(group, names), not_run(group))]
+    return "\n\n".join(filter(None, [LEGEND, *parts])) if parts else NOTHING_YET
 
 
 def page_part(groups: Sequence[Group]) -> str:
@@ -124,7 +122,7 @@ def page_part(groups: Sequence[Group]) -> str:
 def section(group: Group) -> str:
     """Return all there is to say of one group."""
     tables = {
-        "Peers": arms_table(group, PEERS, rival=OURS) + not_run(group),
+        "Peers": "\n\n".join(filter(None, [arms_table(group, PEERS, rival=OURS), not_run(group)])),
         "The ladder": arms_table(group, LADDER),
         "Variants, the best first": arms_table(group, {arm: f"`{arm}`" for arm in variants(group)}),
     }
@@ -208,9 +206,9 @@ def row(group: Group, arm: str) -> list[str]:
 
 
 def gain(scores: Scores, reference: Scores) -> str:
-    """Return the mean paired difference in points ± its standard error, and its seeds if not all are paired."""
+    """Return the mean paired difference in points ± its standard error, and its seeds if the reference lacks some."""
     paired = differences(scores, reference)
-    partly = paired and len(paired) < max(len(scores), len(reference))
+    partly = 0 < len(paired) < len(scores)
     return with_error(paired) + (f", {len(paired)} paired" if partly else "")
 
 
@@ -221,7 +219,7 @@ def in_percent(scores: Scores) -> str:
 def not_run(group: Group) -> str:
     """Name the main arms without a cell; on the held-out part choices are made, and not all arms belong there."""
     missing = [named(arm) for arm in MAIN_ARMS if arm not in group.arms]
-    return f"\n\nNot run: {', '.join(missing)}." if missing and group.is_test else ""
+    return f"Not run: {', '.join(missing)}." if missing and group.is_test else ""
 
 
 def robustness(groups: Sequence[Group]) -> list[str]:

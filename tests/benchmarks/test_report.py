@@ -130,8 +130,8 @@ def test_cells_of_another_kind_are_a_group_of_their_own(read, changes):
 
 def test_parts_do_not_show_in_each_other_s_tables(read):
     test = [*scored("vanilla", {0: 0.11}), *scored("sfr", {0: 0.12})]
-    held_out = [*scored("vanilla", {0: 0.21}, part="held-out"), *scored("sfr@weight=3", {0: 0.22}, part="held-out")]
-    found = read(*test, *held_out)
+    choices = {"vanilla": 0.21, "sfr": 0.22, "sfr@weight=3": 0.23}
+    found = read(*test, *(record(arm, 0, score, part="held-out") for arm, score in choices.items()))
     assert [group.is_test for group in found] == [True, False]
     of_test, of_held_out = map(report.section, found)
     assert "11.00" in of_test
@@ -241,6 +241,25 @@ def test_check_names_the_page_that_is_out_of_date_and_writes_nothing(tmp_path, m
     with pytest.raises(SystemExit, match=r"out of date: stale\.md;"):
         report.main()
     assert stale.read_text() == text
+
+
+def test_what_is_written_passes_the_check_which_draws_nothing(read, tmp_path, monkeypatch):
+    read(*scored("vanilla", {0: 0.3}), *scored("sfr", {0: 0.31}), costs=COSTS)
+    paths = {"README": "README.md", "PAGE": "accuracy.md", "PLOT": "plot.png", "ROOT": "", "RESULTS": ""}
+    for name, path in paths.items():
+        monkeypatch.setattr(report, name, tmp_path / path)
+    for page in (report.README, report.PAGE):
+        page.write_text(f"{report.BEGIN}{report.END}")
+    monkeypatch.setattr("sys.argv", ["report.py"])
+    report.main()
+    assert "+1.00" in report.README.read_text()
+    assert "(plot.png)" in report.PAGE.read_text()
+    report.PLOT.unlink()
+    monkeypatch.setattr("sys.argv", ["report.py", "--check"])
+    with pytest.raises(SystemExit) as ended:
+        report.main()
+    assert ended.value.code == 0
+    assert not report.PLOT.exists()
 
 
 def test_plot_is_drawn_of_main_groups_with_costs(read, tmp_path, monkeypatch):
