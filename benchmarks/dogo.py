@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from overhead import environment
+from paired import spread
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,10 +177,6 @@ def facts(cell: Cell, seeds: Sequence[int]) -> str:
         f"Mean ± standard deviation over {len(seeds)} seeds; the difference is paired by seed. Recipe of both methods: "
         f"`pretrain_dogo.py {recipe}`, precision {cell['precision']}."
     )
-
-
-def spread(values: Sequence[float], sign: str = "") -> str:
-    return f"{statistics.mean(values):{sign}.2f} ± {statistics.stdev(values):.2f}"
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -18,12 +18,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from overhead import environment
+from paired import differences, spread
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader
@@ -306,21 +306,8 @@ def page(results: dict[str, dict[int, float]]) -> str:
     return f"{words}{MARKER}\n\n" + "\n".join(lines) + "\n"
 
 
-def differences(left: dict[int, float], right: dict[int, float]) -> list[float]:
-    """Return the paired differences in percentage points, over the seeds that both have."""
-    return [100 * (left[seed] - right[seed]) for seed in sorted(left.keys() & right.keys())]
-
-
 def difference(left: dict[int, float], right: dict[int, float]) -> str:
     return "" if left is right else spread(differences(left, right), sign="+")
-
-
-def spread(values: list[float], sign: str = "") -> str:
-    """Return mean ± standard deviation; without the latter for a single value."""
-    if not values:
-        return ""
-    deviation = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{mean(values):{sign}.2f}{deviation}"
 
 
 def parse_arguments() -> argparse.Namespace:

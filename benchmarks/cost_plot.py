@@ -1,0 +1,42 @@
+"""Gain against training time, as a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+from paired import standard_error
+
+
+class Point(NamedTuple):
+    """One arm."""
+
+    name: str
+    time: float  # relative to vanilla's
+    gains: Sequence[float]  # over vanilla, in points, one a seed
+    ours: bool
+
+
+def draw(panels: Mapping[str, Sequence[Point]], path: Path) -> None:
+    """Plot one panel for each title, below each other, with the standard error of the gains."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, grid = plt.subplots(len(panels), figsize=(7, 4.5 * len(panels)), squeeze=False, layout="constrained")
+    for (title, points), axes in zip(panels.items(), grid.flat, strict=True):
+        axes.axhline(0, color="0.6", linewidth=1)
+        for point in points:
+            place = point.time, mean(point.gains)
+            colour = "tab:red" if point.ours else "tab:blue"
+            axes.errorbar(*place, yerr=standard_error(point.gains), fmt="o", color=colour, capsize=3)
+            axes.annotate(point.name, place, (6, 4), textcoords="offset points", fontsize=8)
+        axes.set(xlabel="training time, relative to vanilla", ylabel="gain over vanilla, points")
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.margins(x=0.25, y=0.15)  # room for the names
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)

@@ -1,0 +1,278 @@
+"""Tables and plot of the accuracy benchmark, from the JSON of its cells.
+
+    python benchmarks/report.py            # writes the tables of README.md and docs/accuracy.md, and the plot
+    python benchmarks/report.py --check    # writes nothing; fails and names the pages that the JSON has outdated
+
+Cells are compared within one data set, model, schedule and part, and never across. A row is there for each arm that has
+cells; one that neither PEERS nor LADDER names is a row of the variants, so that none is left out. Words around the
+two markers of a page are written by hand and stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from statistics import mean, median
+
+from cost_plot import Point, draw
+from groups import Group, Record, Scores, on_corrupted, read_groups, result
+from paired import differences, spread, with_error
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
+README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "accuracy.md"
+PLOT = ROOT / "docs" / "accuracy-cost.png"
+BEGIN = "<!-- from here to the end mark, benchmarks/report.py writes -->"
+END = "<!-- end of what benchmarks/report.py writes -->"
+
+BASE, OURS = "vanilla", "sfr"
+LONGER = "vanilla-longer@factor=1.02"  # for as long as sfr takes
+PEERS = {
+    BASE: "vanilla",
+    "label-smoothing": "label smoothing 0.1",
+    "online-label-smoothing": "online label smoothing",
+    "tf-kd-reg": "Tf-KD_reg",
+    "cs-kd": "CS-KD",
+    "ps-kd": "PS-KD",
+    "dlb": "DLB",
+    "byot": "BYOT",
+    "tfd": "TFD",
+    "cutmix": "CutMix",
+    LONGER: "vanilla as long as sfr",
+    OURS: "**sfr**",
+    "sfr-cutmix": "**sfr + CutMix**",
+}
+LADDER = {
+    BASE: "vanilla",
+    "tfd": "plain l2, channel to channel",
+    "tfd@grouping=segments": "plain l2, many to one",
+    "sfr@smoothing=none,grouping=crop": "EMD-l2, channel to channel",
+    "sfr@smoothing=none,grouping=mean": "EMD-l2, many to one (mean)",
+    "sfr@smoothing=none": "EMD-l2, many to one (segments)",
+    "sfr@weight=0": "dynamic label smoothing alone",
+    OURS: "**sfr**: all of it",
+    "cutmix": "CutMix",
+    "sfr-cutmix": "**sfr + CutMix**",
+}
+MAIN_SCHEDULES = ("tenth", "tenth-16px", "full-30", "full-200")  # of which the README shows the test part
+MAIN_ARMS = (BASE, "label-smoothing", "tfd", "byot", "cs-kd", "ps-kd", LONGER, OURS)
+NAMES = LADDER | PEERS
+SEVERITIES = ("1", "3", "5")
+
+LEGEND = """\
+Accuracy in % at the last epoch, mean ± standard deviation over the seeds. "Against vanilla" is the difference in points
+paired by seed, mean ± standard error; where only some of the seeds have a pair, it says how many. ECE is the expected
+calibration error. Time and memory are those of training, relative to vanilla's (`python benchmarks/arm_costs.py`)."""
+NOTHING_YET = (
+    "No cells have been run yet: `python benchmarks/accuracy.py` runs them, `benchmarks/report.py` writes here."
+)
+
+
+def main() -> None:
+    """Write the pages and the plot, or say which pages are out of date."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if a page is out of date")
+    check = parser.parse_args().check
+    groups = read_groups(RESULTS)
+    outdated = {page: text for page, text in pages(groups).items() if page.read_text() != text}
+    if check:
+        names = ", ".join(str(page.relative_to(ROOT)) for page in outdated)
+        raise SystemExit(f"out of date: {names}; python benchmarks/report.py writes them anew" if outdated else 0)
+    for page, text in outdated.items():
+        page.write_text(text)
+    if panels := {group.title: points(group) for group in groups if is_main(group) and points(group)}:
+        draw(panels, PLOT)
+
+
+def pages(groups: Sequence[Group]) -> dict[Path, str]:
+    """Return the pages with their generated parts anew."""
+    return {README: inserted(README, readme_part(groups)), PAGE: inserted(PAGE, page_part(groups))}
+
+
+def is_main(group: Group) -> bool:
+    return group.is_test and group.cell["schedule"] in MAIN_SCHEDULES
+
+
+def inserted(page: Path, generated: str) -> str:
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{page} must have the lines {BEGIN!r} and {END!r}, between which the tables belong")
+    return f"{before}{begin}\n\n{generated}\n\n{end}{after}"
+
+
+def readme_part(groups: Sequence[Group]) -> str:
+    main_groups = [group for group in groups if is_main(group)]
+    names = {arm: named(arm) for arm in MAIN_ARMS}
+    parts = [part for group in main_groups for part in (facts(group), arms_table(group, names), not_run(group))]
+    return "\n\n".join(filter(None, [LEGEND, *parts])) if parts else NOTHING_YET
+
+
+def page_part(groups: Sequence[Group]) -> str:
+    if not groups:
+        return NOTHING_YET
+    plotted = any(is_main(group) and points(group) for group in groups)
+    plot = [f"![gain over vanilla against training time]({PLOT.name})"] if plotted else []
+    return "\n\n".join([LEGEND, *plot, *map(section, groups), *robustness([g for g in groups if g.is_test])])
+
+
+def section(group: Group) -> str:
+    """Return all there is to say of one group."""
+    tables = {
+        "Peers": "\n\n".join(filter(None, [arms_table(group, PEERS, rival=OURS), not_run(group)])),
+        "The ladder": arms_table(group, LADDER),
+        "Variants, the best first": arms_table(group, {arm: f"`{arm}`" for arm in variants(group)}),
+    }
+    parts = [f"### {name}\n\n{table}" for name, table in tables.items() if table]
+    judged_on = "test set" if group.is_test else "held-out part of the training set"
+    return "\n\n".join([f"## {group.title}, {judged_on}", facts(group), *parts])
+
+
+def variants(group: Group) -> list[str]:
+    """Return all arms that are no peers, and what they are compared with, the best first; none if all have names."""
+    tried = [arm for arm in group.arms if arm not in PEERS or arm in (BASE, "label-smoothing", OURS)]
+    return sorted(tried, key=lambda arm: -mean(group.scores(arm).values())) if {*group.arms} - {*NAMES} else []
+
+
+def facts(group: Group) -> str:
+    """Return in two lines what was trained, on what, with which versions."""
+    options = " ".join(f"--{name} {group.cell[name]}" for name in ("model", "dataset", "schedule", "part"))
+    seeds = sorted({record["cell"]["seed"] for record in group.records})
+    seen = [record["environment"] for record in group.records]
+    devices = distinct(one["device"] for one in seen)
+    versions = distinct(", ".join(f"{name} {number}" for name, number in one["versions"].items()) for one in seen)
+    commits = distinct(one["commit"][:7] + "+" * one["commit"].endswith("+changes") for one in seen)
+    speeds = [record["images_per_second"] for record in group.records if record["cell"]["arm"] == BASE]
+    speed = f" A cell of vanilla trains on {median(speeds):.0f} images/s." if speeds else ""
+    return (
+        f"`{options}`: {in_words(group.schedule)}.\n"
+        f"Seeds: {', '.join(map(str, seeds))}; {devices}; {versions}; commit {commits}.{speed}"
+    )
+
+
+def in_words(schedule: Record) -> str:
+    per_class, size, noise = (schedule[name] for name in ("per_class", "image_size", "label_noise"))
+    words = [
+        f"{schedule['epochs']} epochs",
+        "all labels" if per_class is None else f"{per_class} labelled images a class",
+        f"{100 * noise:.0f} % of the labels wrong" if noise else "",
+        f"{size} x {size} pixels",
+        schedule["augmentation"],
+        f"batch {schedule['batch_size']}",
+        f"learning rate {schedule['lr']}",
+        f"weight decay {schedule['weight_decay']}",
+    ]
+    return ", ".join(filter(None, words))
+
+
+def named(arm: str) -> str:
+    return NAMES.get(arm, f"`{arm}`")
+
+
+def distinct(values: Iterable[str]) -> str:
+    return " / ".join(sorted(set(values)))
+
+
+def arms_table(group: Group, names: Mapping[str, str], rival: str | None = None) -> str:
+    """Return one row for each named arm that has cells; nothing if there are none besides vanilla."""
+    shown = [arm for arm in names if arm in group.arms]
+    if not set(shown) - {BASE}:
+        return ""
+    heads = ["arm", "accuracy, %", "against vanilla", "top-5, %", "ECE, %", "time", "memory", "seeds"]
+    rows = [[names[arm], *row(group, arm)] for arm in shown]
+    if rival in group.arms:
+        heads.insert(3, f"{rival} against it")
+        for arm, cells in zip(shown, rows, strict=True):
+            cells.insert(3, gain(group.scores(rival), group.scores(arm)) if arm not in (BASE, rival) else "")
+    return markdown(heads, rows)
+
+
+def row(group: Group, arm: str) -> list[str]:
+    accuracies = group.scores(arm)
+    top5, ece = (group.scores(arm, result(name)).values() for name in ("top5", "ece"))
+    cost = group.costs.get(arm)
+    ratios = [f"{cost[name]:.2f}x" for name in ("time_ratio", "memory_ratio")] if cost else ["", ""]
+    return [
+        in_percent(accuracies),
+        "" if arm == BASE else gain(accuracies, group.scores(BASE)),
+        f"{100 * mean(top5):.1f}",
+        f"{100 * mean(ece):.1f}",
+        *ratios,
+        str(len(accuracies)),
+    ]
+
+
+def gain(scores: Scores, reference: Scores) -> str:
+    """Return the mean paired difference in points ± its standard error, and its seeds if the reference lacks some."""
+    paired = differences(scores, reference)
+    partly = 0 < len(paired) < len(scores)
+    return with_error(paired) + (f", {len(paired)} paired" if partly else "")
+
+
+def in_percent(scores: Scores) -> str:
+    return spread([100 * score for score in scores.values()])
+
+
+def not_run(group: Group) -> str:
+    """Name the main arms without a cell; on the held-out part choices are made, and not all arms belong there."""
+    missing = [named(arm) for arm in MAIN_ARMS if arm not in group.arms]
+    return f"Not run: {', '.join(missing)}." if missing and group.is_test else ""
+
+
+def robustness(groups: Sequence[Group]) -> list[str]:
+    """Return the tables of few and of wrong labels, schedule beside schedule, and those of corrupted test images."""
+    parts = []
+    for name, alike in groupby(groups, key=lambda group: group.network):
+        hard = [group for group in alike if group.schedule["per_class"] or group.schedule["label_noise"]]
+        columns = [(group.cell["schedule"], {arm: group.scores(arm) for arm in group.arms}) for group in hard]
+        parts += [f"### Few and wrong labels: {name}\n\n{side_by_side(columns)}"] if hard else []
+    parts += [corruptions(group) for group in groups if any("corrupted" in record for record in group.records)]
+    head = "## Robustness\n\nAccuracy in % on the test set, in brackets against vanilla, as above."
+    return [head, *parts] if parts else []
+
+
+def corruptions(group: Group) -> str:
+    """Return the accuracies on corrupted images by severity, each the mean over the corruptions that all cells have."""
+    judged = Group([record for record in group.records if "corrupted" in record], group.costs)
+    found = [set(record["corrupted"]["severity"][k]) for record in judged.records for k in SEVERITIES]
+    kinds = sorted(set.intersection(*found))
+    columns = [
+        (f"severity {severity}", {arm: judged.scores(arm, on_corrupted(severity, kinds)) for arm in judged.arms})
+        for severity in SEVERITIES
+    ]
+    return f"### Corrupted images: {group.title}\n\nMean over {', '.join(kinds)}.\n\n{side_by_side(columns)}"
+
+
+def side_by_side(columns: Sequence[tuple[str, Mapping[str, Scores]]]) -> str:
+    """Return accuracies and gains by arm, one column for each of the named groups of scores."""
+    there = dict.fromkeys(arm for _, scores in columns for arm in scores)
+    rows = []
+    for arm in sorted(there, key=lambda arm: (*PEERS, *LADDER, *there).index(arm)):
+        cells = []
+        for _, scores in columns:
+            gained = gain(scores[arm], scores.get(BASE, {})) if arm in scores and arm != BASE else ""
+            cells.append(in_percent(scores.get(arm, {})) + (f" ({gained})" if gained else ""))
+        rows.append([named(arm), *cells])
+    return markdown(["arm", *(name for name, _ in columns)], rows)
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def points(group: Group) -> list[Point]:
+    """Return what is plotted: every named arm whose cost is known, its time and its paired gains over vanilla."""
+    gains = {arm: differences(group.scores(arm), group.scores(BASE)) for arm in group.costs if arm in NAMES}
+    return [
+        Point(named(arm).strip("*"), group.costs[arm]["time_ratio"], paired, ours=arm.startswith(OURS))
+        for arm, paired in gains.items()
+        if paired and arm != BASE
+    ]
+
+
+if __name__ == "__main__":
+    main()
