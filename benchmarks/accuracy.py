@@ -26,6 +26,10 @@ import torch
 from baselines import parse_arm
 from cell import Cell, Schedule, run_cell
 from images import ROOT, decoded
+from report import LADDER, PEERS
+
+RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
+CACHE = ROOT / "benchmarks" / ".cache"
 
 SCHEDULES = {
     "smoke": Schedule(epochs=2, batch_size=32, per_class=4, image_size=16),
@@ -59,28 +63,20 @@ class Round:
         ]
 
 
-PEERS = ("label-smoothing", "online-label-smoothing", "tf-kd-reg", "ps-kd", "cs-kd", "dlb", "byot", "tfd")
-LADDER = (
-    "tfd@grouping=segments",
-    "sfr@smoothing=none,grouping=crop",
-    "sfr@smoothing=none,grouping=mean",
-    "sfr@smoothing=none",
-    "sfr@weight=0",
-)
 MAIN = ("vanilla", "label-smoothing", "sfr")
 # What docs/accuracy.md is made of. Choices were made on the held-out part with seeds that the final runs do not have.
 PLANS = {
     "cpu": [
-        Round("tenth-16px", "test", range(3), ("vanilla", "sfr", *PEERS, "cutmix", "sfr-cutmix", "vanilla-longer")),
-        Round("tenth-16px", "test", range(3), LADDER),
+        Round("tenth-16px", "test", range(3), tuple(PEERS)),
+        Round("tenth-16px", "test", range(3), tuple(LADDER)),
         Round("noise20-16px", "test", range(3), MAIN),
         Round("noise40-16px", "test", range(3), MAIN),
         Round("tenth", "test", range(3), MAIN),
     ],
     "gpu": [
         Round("full-200", "test", range(3), (*MAIN, "ps-kd"), "resnet18"),
-        Round("full-200", "test", range(5), ("vanilla", "sfr", *PEERS, "cutmix", "sfr-cutmix"), "resnet18"),
-        Round("full-200", "test", range(3), LADDER, "resnet18"),
+        Round("full-200", "test", range(5), tuple(PEERS), "resnet18"),
+        Round("full-200", "test", range(3), tuple(LADDER), "resnet18"),
         Round("full-200-autoaugment", "test", range(3), MAIN, "resnet18"),
         Round("full-200", "test", range(3), MAIN, "wrn_28_10"),
     ],
@@ -174,8 +170,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--dataset", choices=["cifar100", "cifar10"], default="cifar100")
     add("--workers", type=int, default=os.cpu_count(), help="cells that run at once")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--results", type=Path, default=ROOT / "benchmarks" / "results" / "accuracy", help="folder of the JSON files")
-    add("--cache", type=Path, default=ROOT / "benchmarks" / ".cache", help="folder of the decoded images")
+    add("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    add("--cache", type=Path, default=CACHE, help="folder of the decoded images")
     add("--cell", help=argparse.SUPPRESS)  # what a worker is started with
     return parser.parse_args()
 

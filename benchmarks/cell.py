@@ -213,7 +213,9 @@ def run_cell(
         "curve": run.curve,
     }
     if cell.part == "test":
-        record["corrupted"] = run.judge_corrupted(Labelled(*(values[:CORRUPTED_IMAGES] for values in parts.judged)))
+        record["corrupted"] = {
+            "severity": run.judge_corrupted(Labelled(*(values[:CORRUPTED_IMAGES] for values in parts.judged)))
+        }
     written(file, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
     state_file.unlink(missing_ok=True)
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import SCHEDULES
+from accuracy import CACHE, RESULTS, SCHEDULES
 from baselines.self_feature import SelfFeature
 from cell import Cell, CellRun
-from images import ROOT, load_parts
+from images import load_parts
 from overhead import environment
 from torch import Tensor
 
@@ -140,8 +140,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--model", default="resnet20")
     add("--dataset", choices=["cifar100", "cifar10"], default="cifar100")
-    add("--cache", type=Path, default=ROOT / "benchmarks" / ".cache", help="folder of the decoded images")
-    add("--output", type=Path, default=ROOT / "benchmarks" / "results" / "accuracy" / "diagnosis.json")
+    add("--cache", type=Path, default=CACHE, help="folder of the decoded images")
+    add("--output", type=Path, default=RESULTS / "diagnosis.json")
     return parser.parse_args()
 
 
