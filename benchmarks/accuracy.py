@@ -1,8 +1,8 @@
 """Does it help: sfr, its parts and its peers, trained alike on CIFAR and judged once, at the last epoch.
 
     python benchmarks/accuracy.py --data-dir DIR --schedule tenth --arms vanilla sfr --seeds 0 1 2
-    python benchmarks/accuracy.py --data-dir DIR --plan cpu --workers 2      # all cells behind docs/accuracy.md
-    python benchmarks/accuracy.py --data-dir DIR --plan gpu --workers 4      # ResNet-18, 200 epochs
+    python benchmarks/accuracy.py --data-dir DIR --plan cpu    # all cells behind docs/accuracy.md
+    python benchmarks/accuracy.py --data-dir DIR --plan gpu    # ResNet-18, 200 epochs
 
 A cell is one arm, model, data set, seed and schedule, and one JSON file; cells that have theirs are not run again, and
 a cell that was killed goes on. Choices are made with `--part held-out`, on 5,000 images taken from the training set;
@@ -81,6 +81,7 @@ PLANS = {
         Round("full-200", "test", range(3), MAIN, "wrn_28_10"),
     ],
 }
+GPU_WORKERS = 4
 # glibc hands big blocks back to the system at once and zeroes them anew; keeping them trains a third faster on a CPU.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_TOP_PAD_": str(2**28)}
 
@@ -168,12 +169,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--part", choices=["held-out", "test"], default="test", help="what the last epoch is judged on")
     add("--model", default="resnet20", help="as in examples/train_cifar.py")
     add("--dataset", choices=["cifar100", "cifar10"], default="cifar100")
-    add("--workers", type=int, default=os.cpu_count(), help="cells that run at once")
+    add("--workers", type=int, help="cells that run at once; default: one a core, on a GPU four")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     add("--cache", type=Path, default=CACHE, help="folder of the decoded images")
     add("--cell", help=argparse.SUPPRESS)  # what a worker is started with
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.workers = args.workers or (os.cpu_count() or 1 if args.device == "cpu" else GPU_WORKERS)
+    return args
 
 
 def known_arm(spec: str) -> str:
