@@ -82,13 +82,13 @@ class CellRun:
 
         torch.manual_seed(cell.seed)
         self.model = build_model(cell.model, self.num_classes).to(device).to(memory_format=torch.channels_last)
-        if device.type == "cuda":
-            self.model.compile()
         epoch_steps = len(labels) // schedule.batch_size
         task = Task(
             self.model, self.batches.augmented, self.train.labels, self.num_classes, schedule.epochs, epoch_steps
         )
         self.arm: Arm = build_arm(cell.arm, task).to(device).to(memory_format=torch.channels_last)
+        if device.type == "cuda":
+            self.model.compile()  # now that the arm has hooked what it wants to see
         self.optimizer = SGD(
             self.arm.parameters(),
             schedule.lr,
