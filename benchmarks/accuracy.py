@@ -33,10 +33,11 @@ CACHE = ROOT / "benchmarks" / ".cache"
 
 SCHEDULES = {
     "smoke": Schedule(epochs=2, batch_size=32, per_class=4, image_size=16),
-    "tenth": Schedule(epochs=60, per_class=50),
-    "tenth-16px": Schedule(epochs=60, per_class=50, image_size=16),
-    "noise20-16px": Schedule(epochs=40, per_class=100, image_size=16, label_noise=0.2),
-    "noise40-16px": Schedule(epochs=40, per_class=100, image_size=16, label_noise=0.4),
+    "tenth": Schedule(epochs=100, per_class=50),
+    "tenth-16px": Schedule(epochs=100, per_class=50, image_size=16),
+    "tenth-16px-short": Schedule(epochs=60, per_class=50, image_size=16),
+    "noise20-16px": Schedule(epochs=60, per_class=100, image_size=16, label_noise=0.2),
+    "noise40-16px": Schedule(epochs=60, per_class=100, image_size=16, label_noise=0.4),
     "full-30": Schedule(epochs=30),
     "full-200": Schedule(epochs=200),
     "full-200-autoaugment": Schedule(epochs=200, augmentation="autoaugment-cutout"),
