@@ -205,6 +205,7 @@ def run_cell(
     record = {
         "cell": asdict(cell),
         "schedule": asdict(schedule),
+        "settings": run.arm.settings(),
         "environment": environment(device),
         "seconds": round(run.seconds, 1),
         "images_per_second": round(trained / run.seconds),

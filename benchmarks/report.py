@@ -18,6 +18,7 @@ from statistics import mean, median
 
 from cost_plot import Point, draw
 from groups import Group, Record, Scores, on_corrupted, read_groups, result
+from inside import inside
 from paired import differences, spread, with_error
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,7 +117,8 @@ def page_part(groups: Sequence[Group]) -> str:
         return NOTHING_YET
     plotted = any(is_main(group) and points(group) for group in groups)
     plot = [f"![gain over vanilla against training time]({PLOT.name})"] if plotted else []
-    return "\n\n".join([LEGEND, *plot, *map(section, groups), *robustness([g for g in groups if g.is_test])])
+    tested = [group for group in groups if group.is_test]
+    return "\n\n".join([LEGEND, *plot, *map(section, groups), *robustness(tested), *inside(RESULTS)])
 
 
 def section(group: Group) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,10 @@ class Arm(nn.Module):
 
     def end_epoch(self) -> None:
         """Do whatever the method does between two epochs."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the arm's name alone does not say for ever: the values of defaults that may change."""
+        return {}
 
 
 class Draws(nn.Module):

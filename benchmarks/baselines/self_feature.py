@@ -24,3 +24,6 @@ class SelfFeature(Arm):
     def end_epoch(self) -> None:
         if self.model.sfr_config.update == "epoch":
             self.criterion.end_epoch()
+
+    def settings(self) -> dict[str, Any]:
+        return self.model.sfr_config.to_dict()
