@@ -85,12 +85,12 @@ class SFRConfig:
     stages: str | Sequence[str] | None = None
     layout: Layout = "auto"
     prefix_tokens: int | Literal["auto"] = "auto"
-    weight: float = 0.05
+    weight: float = 0.2
     warmup: int = 0
     pairs: Pairs | Sequence[tuple[int | str, int | str]] = "all"
     detach_deep: bool = True
     max_grid: int = 4
-    grouping: Grouping = "segments"
+    grouping: Grouping = "mean"
     cost: Cost = "sqeuclidean"
     marginals: Marginals = "uniform"
     solver: Solver = "auto"

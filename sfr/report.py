@@ -39,7 +39,7 @@ class PairRow:
     deep: str
     nodes: tuple[int, int]
     channels: int
-    segments: int
+    plans: int
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,14 @@ class Report:
             (row.name, row.kind, "x".join(map(str, row.shape)), row.layout, row.dropped or "") for row in self.stages
         ]
         pairs = [
-            (row.shallow, row.deep, f"{row.nodes[0]} x {row.nodes[1]}", row.channels, row.segments)
-            for row in self.pairs
+            (row.shallow, row.deep, f"{row.nodes[0]} x {row.nodes[1]}", row.channels, row.plans) for row in self.pairs
         ]
         times, peaks = (self.plain.median, self.sfr.median), (self.plain.peak_bytes, self.sfr.peak_bytes)
         return "\n".join(
             [
                 _table(("stage", "module", "output", "layout", "tokens dropped"), stages),
                 "",
-                _table(("shallow", "supervised by", "nodes", "channels", "segments"), pairs),
+                _table(("shallow", "supervised by", "nodes", "channels", "plans"), pairs),
                 "",
                 f"solver: {self.solver}",
                 f"step:   {times[0] * 1e3:.1f} ms plain, {times[1] * 1e3:.1f} ms with SFR ({self.time_ratio:.2f}x, "

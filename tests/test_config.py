@@ -12,7 +12,7 @@ FULL: dict[str, Any] = {
     "stages": ("layer1", "layer2", "layer3"),
     "layout": "channels_last",
     "prefix_tokens": 1,
-    "weight": 0.2,
+    "weight": 0.7,
     "warmup": 100,
     "pairs": ((0, 2), ("layer1", "layer2")),
     "detach_deep": False,

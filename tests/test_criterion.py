@@ -23,16 +23,17 @@ def build(make_net, batch):
     return build
 
 
-def test_the_loss_is_the_label_term_and_the_mean_over_pairs_of_emd_l2(build, batch):
-    model, criterion = build(weight=0.3, max_grid=2, smoothing="none")
+@pytest.mark.parametrize("grouping", ["segments", "mean"])
+def test_the_loss_is_the_label_term_and_the_mean_over_pairs_of_emd_l2(build, batch, grouping):
+    model, criterion = build(weight=0.3, max_grid=2, smoothing="none", grouping=grouping)
     logits = model(batch[0])
     maps = [F.adaptive_avg_pool2d(feature, 2) for feature in model._recorder.features.values()]
     nodes = [feature.flatten(2).transpose(1, 2) for feature in maps]
     terms = []
     for shallow, deep in ((0, 1), (0, 2), (1, 2)):
-        width = nodes[shallow].shape[2]
-        segments = nodes[deep].split(width, dim=2)
-        terms.append(torch.stack([sfr.emd_l2(nodes[shallow], segment) for segment in segments]).mean())
+        segments = torch.stack(nodes[deep].split(nodes[shallow].shape[2], dim=2))
+        supervisors = segments if grouping == "segments" else segments.mean(dim=0, keepdim=True)
+        terms.append(torch.stack([sfr.emd_l2(nodes[shallow], nodes_of_deep) for nodes_of_deep in supervisors]).mean())
     expected = F.cross_entropy(logits, batch[1]) + 0.3 * torch.stack(terms).mean()
     loss = criterion(logits, batch[1])
     torch.testing.assert_close(loss, expected)

@@ -14,11 +14,11 @@ import sfr
 
 
 def test_the_report_shows_stages_pairs_and_cost(make_net, batch):
-    model = sfr.SFRWrapper(make_net(), max_grid=2)
+    model = sfr.SFRWrapper(make_net(), max_grid=2, grouping="segments")
     report = model.report(batch[0], repeats=2)
     assert [row.name for row in report.stages] == ["1", "3", "5"]
     assert report.stages[1].shape == (8, 16, 8, 8)
-    assert [(row.shallow, row.deep, row.nodes, row.channels, row.segments) for row in report.pairs] == [
+    assert [(row.shallow, row.deep, row.nodes, row.channels, row.plans) for row in report.pairs] == [
         ("1", "3", (4, 4), 8, 2),
         ("1", "5", (4, 4), 8, 4),
         ("3", "5", (4, 4), 16, 2),
