@@ -1,6 +1,7 @@
 """Does it help: sfr, its parts and its peers, trained alike on CIFAR and judged once, at the last epoch.
 
     python benchmarks/accuracy.py --data-dir DIR --schedule tenth --arms vanilla sfr --seeds 0 1 2
+    python benchmarks/accuracy.py --data-dir DIR --plan scan   # what the default configuration was chosen by
     python benchmarks/accuracy.py --data-dir DIR --plan cpu    # all cells behind docs/accuracy.md
     python benchmarks/accuracy.py --data-dir DIR --plan gpu    # ResNet-18, 200 epochs
 
@@ -65,8 +66,37 @@ class Round:
 
 
 MAIN = ("vanilla", "label-smoothing", "sfr")
-# What docs/accuracy.md is made of. Choices were made on the held-out part with seeds that the final runs do not have.
+SCANNED = (
+    "vanilla",
+    "label-smoothing",
+    "sfr",
+    "sfr@smoothing=none",
+    "sfr@weight=0",
+    "sfr@weight=0.05,grouping=segments",
+    "sfr@grouping=segments,smoothing=none",
+    "sfr@detach_deep=False,smoothing=none",
+)
+SCANNED_SHORT = (
+    *SCANNED,
+    "sfr@weight=0.05",
+    "sfr@weight=0.05,smoothing=none",
+    "sfr@weight=0.05,grouping=segments,smoothing=none",
+    "sfr@weight=1,smoothing=none",
+    "sfr@pairs=last,smoothing=none",
+    "sfr@cost=cosine,smoothing=none",
+    "sfr@smoothing=uniform",
+    "sfr@alpha=0.3",
+    "sfr@grouping=segments,alpha=0.3",
+    "sfr@weight=0,alpha=0.3",
+    "sfr@detach_deep=False",
+    "sfr@weight=1,detach_deep=False,smoothing=none",
+)
+# What docs/accuracy.md is made of: the scan by which choices were made, then the test, with seeds of its own.
 PLANS = {
+    "scan": [
+        Round("tenth-16px-short", "held-out", (100,), SCANNED_SHORT),
+        Round("tenth-16px", "held-out", (100, 101), SCANNED),
+    ],
     "cpu": [
         Round("tenth-16px", "test", range(3), tuple(PEERS)),
         Round("tenth-16px", "test", range(3), tuple(LADDER)),

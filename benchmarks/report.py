@@ -48,11 +48,11 @@ PEERS = {
 }
 LADDER = {
     BASE: "vanilla",
-    "tfd": "plain l2, channel to channel",
-    "tfd@grouping=segments": "plain l2, many to one",
-    "sfr@smoothing=none,grouping=crop": "EMD-l2, channel to channel",
-    "sfr@smoothing=none,grouping=mean": "EMD-l2, many to one (mean)",
-    "sfr@smoothing=none": "EMD-l2, many to one (segments)",
+    "tfd@weight=0.2,max_grid=4": "plain l2, channel to channel",
+    "sfr@grouping=crop,smoothing=none": "EMD-l2, channel to channel",
+    "tfd@weight=0.2,max_grid=4,grouping=mean": "plain l2, many to one (mean)",
+    "sfr@smoothing=none": "EMD-l2, many to one (mean)",
+    "sfr@grouping=segments,smoothing=none": "EMD-l2, many to one (segments)",
     "sfr@weight=0": "dynamic label smoothing alone",
     OURS: "**sfr**: all of it",
     "cutmix": "CutMix",

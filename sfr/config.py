@@ -52,7 +52,8 @@ class SFRConfig:
         layout: memory layout of the stage outputs; "auto" infers it from their shape and the layers of the stage.
         prefix_tokens: tokens in front of a sequence that are no local features (class, distillation, register tokens)
             and are dropped, >= 0; "auto" counts those beyond the map that the sequence comes from.
-        weight: λ of the feature term, >= 0. Tf-FD uses 0.005 with plain l2; 0 switches the feature term off.
+        weight: λ of the feature term, >= 0. 0.2 is what held-out images picked (docs/accuracy.md); Tf-FD uses 0.005
+            with plain l2; 0 switches the feature term off.
         warmup: training steps (calls of the criterion) over which λ rises linearly from 0, >= 0.
         pairs: which deep stage supervises which shallow one: "all" (every i < j, as Tf-FD), "last" (the deepest
             supervises all others, as BYOT), "adjacent", or a sequence of (shallow, deep), each a stage name or index.

@@ -9,6 +9,9 @@ from typing import Any
 import groups
 import pytest
 import report
+from baselines import parse_arm
+
+from sfr import SFRConfig
 
 SCHEDULE = {
     "epochs": 60,
@@ -69,6 +72,15 @@ def rows(text: str, arm: str) -> list[list[str]]:
 def test_pages_are_those_of_the_committed_cells():
     for page, text in report.pages(report.read_groups(report.RESULTS)).items():
         assert page.read_text() == text, f"{page.name} is out of date: python benchmarks/report.py"
+
+
+def test_committed_cells_of_sfr_are_named_by_what_differs_from_today_s_defaults():
+    for file in report.RESULTS.glob("*/*.json"):
+        cell = json.loads(file.read_text())
+        name, options = parse_arm(cell["cell"]["arm"])
+        if name in ("sfr", "sfr-cutmix"):
+            options.pop("probability", None)
+            assert SFRConfig.from_dict(cell["settings"]) == SFRConfig(**options), file.name
 
 
 def test_row_holds_mean_deviation_and_paired_difference(read):
