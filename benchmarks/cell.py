@@ -99,7 +99,9 @@ class CellRun:
         )
         self.epochs = round(schedule.epochs * self.arm.epochs_factor)
         total = self.epochs * epoch_steps
-        self.warmup = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: warmup_then_cosine(step, total))
+        self.learning_rate = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: warmup_then_cosine(step, total)
+        )
         self.curve: list[dict[str, float]] = []
         self.seconds = 0.0
 
@@ -110,7 +112,7 @@ class CellRun:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.warmup.step()
+        self.learning_rate.step()
         return loss.detach()
 
     def train_epoch(self) -> None:
@@ -164,7 +166,7 @@ class CellRun:
         return {
             "arm": self.arm.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "warmup": self.warmup.state_dict(),
+            "learning_rate": self.learning_rate.state_dict(),
             "generators": [g.get_state() for g in (self.order, self.augmentation)] + [torch.get_rng_state()],
             "curve": self.curve,
             "seconds": self.seconds,
@@ -174,7 +176,7 @@ class CellRun:
         """Take over :meth:`state`."""
         self.arm.load_state_dict(state["arm"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.warmup.load_state_dict(state["warmup"])
+        self.learning_rate.load_state_dict(state["learning_rate"])
         order, augmentation, everything_else = (generator.cpu() for generator in state["generators"])
         self.order.set_state(order)
         self.augmentation.set_state(augmentation)
