@@ -430,7 +430,7 @@ def test_vanilla_longer_trains_for_more_epochs_and_ends_its_schedule_with_them(p
     rates = []
     for _ in range(run.epochs):
         run.train_epoch()
-        rates.append(run.warmup.get_last_lr()[0])
+        rates.append(run.learning_rate.get_last_lr()[0])
     assert len(rates) == 3
     assert all(earlier > later for earlier, later in pairwise(rates))
     assert rates[1] > 0
