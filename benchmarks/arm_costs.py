@@ -31,12 +31,13 @@ from typing import Any
 import torch
 from accuracy import CACHE, KEEP_MEMORY, RESULTS, SCHEDULES, known_arm
 from baselines import METHODS
-from cell import Cell, CellRun, written
+from cell import Cell, CellRun
 from cifar_data import IMAGE_SIZE, SOURCES, Labelled
 from images import Parts, load_parts
 from overhead import environment
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from whole_file import replace_file
 
 from sfr.measure import compare_steps, wait_for
 
@@ -66,7 +67,7 @@ def main() -> None:
     measured = json.loads(args.output.read_text()) if args.output.exists() else {}
     measured[f"{args.schedule}-{args.dataset}-{args.model}"] = record
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    written(args.output, lambda path: path.write_text(json.dumps(measured, indent=1) + "\n"))
+    replace_file(args.output, lambda path: path.write_text(json.dumps(measured, indent=1) + "\n"))
 
 
 def set_up_as_a_cell(device: str) -> None:

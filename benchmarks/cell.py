@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import resource
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from baselines import build_arm
 from baselines.arm import Arm, Task
@@ -24,8 +21,10 @@ from torch.optim import SGD
 
 sys.path.insert(0, str(ROOT / "examples"))
 from cifar_data import SOURCES, Labelled
-from cifar_metrics import expected_calibration_error, log_softmax, top_k_accuracy
+from cifar_metrics import classification_scores
 from cifar_models import build_model
+from learning_rate import warmup_then_cosine
+from whole_file import replace_file
 
 SAVE_EVERY = 120  # seconds between two states that a killed cell goes on from
 EVALUATION_BATCH = 500
@@ -98,10 +97,7 @@ class CellRun:
             fused=True,
         )
         self.epochs = round(schedule.epochs * self.arm.epochs_factor)
-        total = self.epochs * epoch_steps
-        self.learning_rate = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: warmup_then_cosine(step, total)
-        )
+        self.learning_rate = warmup_then_cosine(self.optimizer, self.epochs * epoch_steps)
         self.curve: list[dict[str, float]] = []
         self.seconds = 0.0
 
@@ -201,7 +197,7 @@ def run_cell(
         if cell.part == "held-out" and len(run.curve) % 10 == 0:
             run.curve[-1]["accuracy"] = run.judge()["accuracy"]
         if time.perf_counter() - saved > SAVE_EVERY:
-            written(state_file, lambda path: torch.save(run.state(), path))
+            replace_file(state_file, lambda path: torch.save(run.state(), path))
             saved = time.perf_counter()
     trained = run.epochs * (len(run.train.labels) // schedule.batch_size) * schedule.batch_size
     record = {
@@ -219,36 +215,13 @@ def run_cell(
         record["corrupted"] = {
             "severity": run.judge_corrupted(Labelled(*(values[:CORRUPTED_IMAGES] for values in parts.judged)))
         }
-    written(file, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+    replace_file(file, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
     state_file.unlink(missing_ok=True)
-
-
-def written(file: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that it is there whole or not at all."""
-    partial = file.with_name(file.name + ".partial")
-    write(partial)
-    partial.replace(file)
-
-
-def warmup_then_cosine(step: int, total: int) -> float:
-    """Return the factor of the learning rate: linear over the first 5 % of the steps, then a cosine to zero."""
-    warmup = max(1, total // 20)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def judged(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Return accuracy, top-5 accuracy, expected calibration error and cross-entropy of logits (N, K)."""
-    log_probabilities = log_softmax(logits.double().numpy())
-    truth = labels.numpy()
-    correct = log_probabilities.argmax(axis=1) == truth
-    scores = {
-        "accuracy": float(correct.mean()),
-        "top5": top_k_accuracy(log_probabilities, truth, 5),
-        "ece": expected_calibration_error(np.exp(log_probabilities.max(axis=1)), correct),
-        "loss": float(-log_probabilities[np.arange(len(truth)), truth].mean()),
-    }
+    scores = classification_scores(logits.double().numpy(), labels.numpy())
     return {name: round(value, 5) for name, value in scores.items()}
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from images import balanced_indices
 from overhead import environment
 from paired import spread
 from torch import Tensor
@@ -33,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 import pretrain_dogo  # noqa: E402
 from frozen_features import knn_accuracy, linear_accuracy  # noqa: E402
+from run_folder import replace_text  # noqa: E402
 
 CELLS = ROOT / "benchmarks" / "results" / "dogo"
 PAGE = ROOT / "docs" / "dogo.md"
@@ -100,9 +102,7 @@ def run_cell(method: str, seed: int, data_dir: Path) -> None:
         "history": history,
     }
     CELLS.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(cell, indent=1) + "\n")
-    partial.replace(file)
+    replace_text(file, json.dumps(cell, indent=1) + "\n")
 
 
 def judge(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, seed: int) -> Scores:
@@ -115,21 +115,16 @@ def judge(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, seed
     scores: dict[str, list[float]] = {name: [] for name in ("tenth", "hundredth", "noisy")}
     for draw in range(DRAWS):
         generator = torch.Generator().manual_seed(1000 * seed + draw)
-        scores["tenth"].append(fit(balanced_share(labels, 0.1, generator), labels))
-        scores["hundredth"].append(fit(balanced_share(labels, 0.01, generator), labels))
+        scores["tenth"].append(fit(balanced_indices(labels, round(0.1 * len(labels) / CLASSES), generator), labels))
+        scores["hundredth"].append(
+            fit(balanced_indices(labels, round(0.01 * len(labels) / CLASSES), generator), labels)
+        )
         scores["noisy"].append(fit(everything, with_noise(labels, 0.4, generator)))
     return {
         "knn": knn_accuracy(train, labels, test, test_labels),
         "linear": fit(everything, labels),
         **{name: statistics.mean(values) for name, values in scores.items()},
     }
-
-
-def balanced_share(labels: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Indices of a random part of the images, of each class equally many."""
-    per_class = round(share * len(labels) / CLASSES)
-    order = torch.randperm(len(labels), generator=generator)
-    return torch.cat([order[labels[order] == label][:per_class] for label in range(CLASSES)])
 
 
 def with_noise(labels: Tensor, share: float, generator: torch.Generator) -> Tensor:

@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 from cifar_data import IMAGE_SIZE, SOURCES, Labelled, hold_out, load_splits  # noqa: E402
+from whole_file import replace_file  # noqa: E402
 
 HELD_OUT = 5000  # of CIFAR's 50,000 training images, for every choice that is made
 POLICY_GROUP = 8  # images that share one draw of AutoAugment
@@ -41,19 +42,21 @@ def decoded(dataset: str, data_dir: Path | None, cache: Path) -> tuple[Labelled,
     file = cache / f"{dataset}.pt"
     if not file.exists():
         splits = load_splits(dataset, data_dir)
-        partial = file.with_suffix(".partial")
         cache.mkdir(parents=True, exist_ok=True)
-        torch.save([tuple(part.data) for part in (splits.train, splits.test)], partial)
-        partial.replace(file)
+        replace_file(file, lambda path: torch.save([tuple(part.data) for part in (splits.train, splits.test)], path))
     train, test = torch.load(file)
     return Labelled(*train), Labelled(*test)
 
 
 def few_per_class(data: Labelled, per_class: int, generator: torch.Generator) -> Labelled:
     """Return `per_class` random images of each class, class by class."""
-    order = torch.randperm(len(data.labels), generator=generator)
-    classes = data.labels.unique()
-    return data.take(torch.cat([order[data.labels[order] == label][:per_class] for label in classes]))
+    return data.take(balanced_indices(data.labels, per_class, generator))
+
+
+def balanced_indices(labels: Tensor, per_class: int, generator: torch.Generator) -> Tensor:
+    """Return the numbers of `per_class` random images of each class, class by class."""
+    order = torch.randperm(len(labels), generator=generator)
+    return torch.cat([order[labels[order] == label][:per_class] for label in labels.unique()])
 
 
 def with_noise(labels: Tensor, share: float, num_classes: int, generator: torch.Generator) -> Tensor:

@@ -37,6 +37,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 import train_cifar  # noqa: E402
 from cifar_data import SOURCES, ImageSet, Labelled, load_cifar  # noqa: E402
 from cifar_models import CifarResNet, build_model  # noqa: E402
+from learning_rate import warmup_then_cosine  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "kdep"
 PAGE = ROOT / "docs" / "kdep.md"
@@ -171,7 +172,7 @@ def pretrain(student: CifarResNet, arm: str, seed: int, images: Labelled, cache:
         extra, objective = feature_objective(student, cast(Aligner, arm), seed, cache["features"])
     steps_per_epoch = len(images.labels) // SETTINGS["batch_size"]
     optimizer = sgd([*student.parameters(), *extra.parameters()], SETTINGS["pretrain_lr"])
-    schedule = train_cifar.warmup_then_cosine(optimizer, steps_per_epoch * SETTINGS["pretrain_epochs"])
+    schedule = warmup_then_cosine(optimizer, steps_per_epoch * SETTINGS["pretrain_epochs"])
     order = torch.Generator().manual_seed(seed)
     source = ImageSet(images, SOURCES["cifar100"], augment=False)
     losses = []
@@ -234,7 +235,7 @@ def finetune(student: CifarResNet, labelled: Labelled) -> None:
     images = ImageSet(labelled, SOURCES["cifar10"], augment=True)
     loader = DataLoader(images, SETTINGS["finetune_batch_size"], shuffle=True, collate_fn=images.collate)
     optimizer = sgd(list(student.parameters()), SETTINGS["finetune_lr"])
-    schedule = train_cifar.warmup_then_cosine(optimizer, len(loader) * SETTINGS["finetune_epochs"])
+    schedule = warmup_then_cosine(optimizer, len(loader) * SETTINGS["finetune_epochs"])
     student.train()
     for _ in range(SETTINGS["finetune_epochs"]):
         for batch, labels in loader:

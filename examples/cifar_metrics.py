@@ -28,17 +28,20 @@ class ClassificationMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate h
         )
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        logits = np.asarray(predictions, dtype=np.float64)
-        labels = np.asarray(references)
-        log_probabilities = log_softmax(logits)
-        correct = log_probabilities.argmax(axis=1) == labels
-        confidence = np.exp(log_probabilities.max(axis=1))
-        return {
-            "accuracy": float(correct.mean()),
-            "top5": top_k_accuracy(logits, labels, 5),
-            "ece": expected_calibration_error(confidence, correct),
-            "loss": float(-log_probabilities[np.arange(len(labels)), labels].mean()),
-        }
+        return classification_scores(np.asarray(predictions, dtype=np.float64), np.asarray(references))
+
+
+def classification_scores(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> dict[str, float]:
+    """Accuracy, top-5 accuracy, expected calibration error and cross-entropy of logits (N, K) and labels (N,)."""
+    log_probabilities = log_softmax(logits)
+    correct = log_probabilities.argmax(axis=1) == labels
+    confidence = np.exp(log_probabilities.max(axis=1))
+    return {
+        "accuracy": float(correct.mean()),
+        "top5": top_k_accuracy(logits, labels, 5),
+        "ece": expected_calibration_error(confidence, correct),
+        "loss": float(-log_probabilities[np.arange(len(labels)), labels].mean()),
+    }
 
 
 def log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,7 +1,6 @@
 """The folder of one run: its configuration, its checkpoint, a line of metrics per epoch, curves, weights."""
 
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,6 +11,7 @@ from accelerate import Accelerator
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+from whole_file import replace_file
 
 Record = dict[str, Any]
 
@@ -108,9 +108,7 @@ class RunFolder:
 
 
 def replace_text(file: Path, text: str) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, file)
+    replace_file(file, lambda partial: partial.write_text(text))
 
 
 def plot_curves(history: list[Record], file: Path) -> None:

@@ -30,10 +30,10 @@ from accelerate.utils import KwargsHandler, set_seed
 from cifar_data import IMAGE_SIZE, SOURCES, ImageSet, Splits, load_splits
 from cifar_metrics import ClassificationMetric
 from cifar_models import build_model
+from learning_rate import warmup_then_cosine
 from run_folder import Record, RunFolder
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import SGD
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -266,18 +266,6 @@ def load_backbone(model: nn.Module, file: str) -> None:
     model.load_state_dict(
         {name: own[name] if value.shape != own[name].shape else value for name, value in weights.items()}
     )
-
-
-def warmup_then_cosine(optimizer: Optimizer, steps: int) -> LambdaLR:
-    """Linear over the first twentieth of the run, then half a cosine down to zero."""
-    warmup = max(1, steps // 20)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-    return LambdaLR(optimizer, factor)
 
 
 def check_batch_size(batch_size: int, processes: int, images: int) -> None:

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from accuracy import SCHEDULES
-from cell import Cell, CellRun, Schedule, judged, run_cell, warmup_then_cosine
+from cell import Cell, CellRun, Schedule, judged, run_cell
 from cifar_data import SOURCES, Labelled
 from cifar_metrics import ClassificationMetric
 from images import Batches, Parts, few_per_class, load_parts, resized, with_noise
+from learning_rate import warmup_then_cosine
 
 CPU = torch.device("cpu")
 TINY = Schedule(epochs=3, batch_size=8, per_class=2, image_size=16)
@@ -139,7 +140,8 @@ def test_held_out_images_are_taken_from_the_training_images(tmp_path, monkeypatc
 
 
 def test_learning_rate_rises_for_a_twentieth_and_falls_to_zero():
-    factors = [warmup_then_cosine(step, 100) for step in range(101)]
+    schedule = warmup_then_cosine(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0), 100)
+    factors = [schedule.lr_lambdas[0](step) for step in range(101)]
     np.testing.assert_allclose(factors[:6], [0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
     assert factors[5:] == sorted(factors[5:], reverse=True)
     assert factors[100] == pytest.approx(0)
