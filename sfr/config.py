@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 Pairs: TypeAlias = Literal["all", "last", "adjacent"]
 Grouping: TypeAlias = Literal["segments", "mean", "crop", "svd"]
 Layout: TypeAlias = Literal["auto", "channels_first", "channels_last", "tokens", "vector"]
-Cost: TypeAlias = Literal["sqeuclidean", "cosine"]
+Cost: TypeAlias = Literal["sqeuclidean", "cosine", "correlation"]
 Marginals: TypeAlias = Literal["uniform", "cross"]
 Solver: TypeAlias = Literal["auto", "exact", "proximal", "sinkhorn"]
 Smoothing: TypeAlias = Literal["class_mean", "uniform", "none"]
@@ -62,7 +62,8 @@ class SFRConfig:
         grouping: how many deep channels supervise few shallow ones: "segments" (one plan per segment), "mean" (one
             plan, on the mean of the segments), "crop" (the first channels only, as Tf-FD), "svd" (the principal
             directions of the batch's deep nodes, after KDEP). Our reading.
-        cost: ground cost between two local features: "sqeuclidean" (mean over channels) or "cosine" (1 - cos).
+        cost: ground cost between two local features: "sqeuclidean" (mean over channels), "cosine" (1 - cos) or
+            "correlation" (1 - Pearson's r over the channels).
         marginals: mass of each local feature: "uniform" or "cross" (DeepEMD's cross-reference weights).
         solver: "exact" (on the CPU), "proximal" or "sinkhorn" (batched, on the device), "auto": exact for CPU tensors,
             proximal elsewhere.

@@ -34,8 +34,9 @@ def emd_l2(
     Args:
         shallow: nodes, shape (B, N, C), floating.
         deep: nodes, shape (B, M, C), floating.
-        cost: "sqeuclidean", the squared l2 distance as a mean over channels (scale of ``F.mse_loss``), or "cosine",
-            ``1 - cos``, in [0, 2].
+        cost: "sqeuclidean", the squared l2 distance as a mean over channels (scale of ``F.mse_loss``); "cosine",
+            ``1 - cos``, in [0, 2]; or "correlation", the same of nodes centred over their channels, which neither
+            scale nor a common offset of the channels (as of features after a ReLU) changes.
         marginals: "uniform" or "cross", DeepEMD's cross-reference weights ``relu(<s_p, mean_q d_q>) + 1e-3``,
             normalised, without gradient.
         solver: see :func:`sfr.transport.solve`.
@@ -68,10 +69,12 @@ def emd_l2(
         dtype = torch.promote_types(torch.promote_types(shallow.dtype, deep.dtype), torch.float32)
         shallow, deep = shallow.to(dtype), deep.to(dtype)
         a, b = cross_reference(shallow, deep) if marginals == "cross" else (None, None)
-        if cost == "cosine":
-            value, _ = emd(_cosine_cost(shallow, deep), a, b, solver)
-        else:
+        if cost == "sqeuclidean":
             value = _SquaredTransport.apply(shallow, deep, a, b, solver)
+        else:
+            if cost == "correlation":
+                shallow, deep = (side - side.mean(dim=2, keepdim=True) for side in (shallow, deep))
+            value, _ = emd(_cosine_cost(shallow, deep), a, b, solver)
     return value.mean() if reduction == "mean" else value
 
 

@@ -1,6 +1,7 @@
 """EMD-l2: against explicit loops and linprog, its gradient, and what it promises about permutations and types."""
 
 import math
+import statistics
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 from sfr.losses import EMDL2Loss, emd_l2
 
 PROFILE = settings(max_examples=30, deadline=None, database=None, derandomize=True)
-both_costs = pytest.mark.parametrize("cost", ["sqeuclidean", "cosine"])
+all_costs = pytest.mark.parametrize("cost", ["sqeuclidean", "cosine", "correlation"])
 both_marginals = pytest.mark.parametrize("marginals", ["uniform", "cross"])
 
 
@@ -39,6 +40,8 @@ def optimal_plan(cost: list[list[float]], a: list[float], b: list[float]) -> np.
 def pair_cost(s: list[float], d: list[float], kind: str) -> float:
     if kind == "sqeuclidean":
         return sum((x - y) ** 2 for x, y in zip(s, d, strict=True)) / len(s)
+    if kind == "correlation":
+        return 1.0 - statistics.correlation(s, d)
     inner = sum(x * y for x, y in zip(s, d, strict=True))
     return 1.0 - inner / math.sqrt(sum(x * x for x in s)) / math.sqrt(sum(y * y for y in d))
 
@@ -67,7 +70,7 @@ def reference_emd(shallow: Tensor, deep: Tensor, cost: str, marginals: str) -> t
     return sum(plan[p, q] * ground[p][q] for p in range(n) for q in range(m)), plan
 
 
-@both_costs
+@all_costs
 @both_marginals
 @pytest.mark.parametrize(("n", "m"), [(4, 4), (3, 5), (6, 2), (1, 1)])
 def test_value_is_that_of_explicit_loops(cost: Any, marginals: Any, n: int, m: int) -> None:
@@ -102,14 +105,14 @@ def test_value_of_one_node_equals_the_mse() -> None:
     assert float(emd_l2(shallow, deep)) == pytest.approx(float(F.mse_loss(shallow, deep)), rel=1e-12)
 
 
-@both_costs
+@all_costs
 @both_marginals
 def test_value_of_equal_nodes_is_zero(cost: Any, marginals: Any) -> None:
     same = nodes(2, 5, 4)
     assert float(emd_l2(same, same, cost=cost, marginals=marginals)) == pytest.approx(0.0, abs=1e-12)
 
 
-@both_costs
+@all_costs
 @both_marginals
 def test_permuting_the_deep_positions_changes_no_value(cost: Any, marginals: Any) -> None:
     shallow, deep = nodes(3, 5, 4, seed=1), nodes(3, 5, 4, seed=2)
@@ -124,7 +127,7 @@ def test_permuting_the_deep_positions_changes_the_mse() -> None:
     assert abs(float(change)) > 0.01
 
 
-@both_costs
+@all_costs
 def test_exchanging_the_sides_changes_no_value(cost: Any) -> None:
     shallow, deep = nodes(3, 5, 4, seed=1), nodes(3, 6, 4, seed=2)
     torch.testing.assert_close(emd_l2(deep, shallow, cost=cost), emd_l2(shallow, deep, cost=cost))
@@ -139,6 +142,16 @@ def test_moving_both_sides_far_away_changes_no_float32_value() -> None:
 def test_cosine_value_does_not_depend_on_the_length_of_the_features() -> None:
     shallow, deep = nodes(3, 5, 4, seed=1), nodes(3, 6, 4, seed=2)
     torch.testing.assert_close(emd_l2(9.0 * shallow, 0.1 * deep, cost="cosine"), emd_l2(shallow, deep, cost="cosine"))
+
+
+def test_correlation_value_depends_neither_on_the_length_nor_on_an_offset_of_the_features() -> None:
+    shallow, deep = nodes(3, 5, 4, seed=1), nodes(3, 6, 4, seed=2)
+    value = emd_l2(shallow, deep, cost="correlation")
+    torch.testing.assert_close(emd_l2(9.0 * shallow + 5.0, 0.1 * deep - 2.0, cost="correlation"), value)
+
+
+def test_one_channel_has_no_correlation() -> None:
+    assert float(emd_l2(nodes(2, 3, 1), nodes(2, 4, 1, seed=1), cost="correlation")) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1e-4, 1e4, 1e15])
@@ -172,14 +185,14 @@ def test_gradient_of_the_deep_side_is_the_envelope_formula() -> None:
     torch.testing.assert_close(deep.grad, expected)
 
 
-@both_costs
+@all_costs
 @pytest.mark.parametrize(("n", "m"), [(4, 4), (3, 5)])
 def test_gradients_of_both_sides_pass_gradcheck(cost: Any, n: int, m: int) -> None:
     shallow, deep = nodes(2, n, 3, seed=1).requires_grad_(), nodes(2, m, 3, seed=2).requires_grad_()
     assert torch.autograd.gradcheck(lambda s, d: emd_l2(s, d, cost=cost, reduction="none"), (shallow, deep))
 
 
-@both_costs
+@all_costs
 def test_cross_marginals_pass_no_gradient(cost: Any) -> None:
     shallow, deep = nodes(1, 3, 4, seed=1).requires_grad_(), nodes(1, 5, 4, seed=2)
     emd_l2(shallow, deep, cost=cost, marginals="cross").backward()
@@ -189,6 +202,8 @@ def test_cross_marginals_pass_no_gradient(cost: Any) -> None:
     for p in range(3):
         for q in range(5):
             s, d = constant_plan[0, p], deep[0, q]
+            if cost == "correlation":
+                s, d = s - s.mean(), d - d.mean()
             distance = (s - d).square().mean() if cost == "sqeuclidean" else 1 - (s @ d) / s.norm() / d.norm()
             total = total + plan[p, q] * distance
     total.backward()
@@ -244,7 +259,7 @@ def test_own_plans_for_the_segments_cost_less_than_one_for_all() -> None:
     assert own < shared
 
 
-@both_costs
+@all_costs
 @both_marginals
 def test_autocast_changes_nothing(cost: Any, marginals: Any) -> None:
     shallow, deep = nodes(2, 4, 8, seed=1, dtype=torch.float32), nodes(2, 5, 8, seed=2, dtype=torch.float32)
@@ -281,7 +296,7 @@ def test_gradient_of_bfloat16_nodes_is_bfloat16() -> None:
     assert shallow.grad.dtype == torch.bfloat16
 
 
-@both_costs
+@all_costs
 def test_gradient_of_equal_nodes_is_finite(cost: Any) -> None:
     shallow = torch.zeros(2, 3, 4, requires_grad=True)
     emd_l2(shallow, torch.zeros(2, 3, 4), cost=cost).backward()
@@ -340,6 +355,7 @@ def test_module_refuses_an_unknown_option_at_construction(option: str) -> None:
     [
         {},
         {"cost": "cosine"},
+        {"cost": "correlation"},
         {"marginals": "cross"},
         {"solver": "sinkhorn"},
         {"reduction": "none"},
