@@ -27,7 +27,7 @@ import torch
 from baselines import parse_arm
 from cell import Cell, Schedule, run_cell
 from images import ROOT, decoded
-from report import LADDER, PEERS
+from report import LADDER, PEERS, comparable
 
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
 CACHE = ROOT / "benchmarks" / ".cache"
@@ -40,6 +40,7 @@ SCHEDULES = {
     "noise20-16px": Schedule(epochs=60, per_class=100, image_size=16, label_noise=0.2),
     "noise40-16px": Schedule(epochs=60, per_class=100, image_size=16, label_noise=0.4),
     "full-30": Schedule(epochs=30),
+    "full-30-16px": Schedule(epochs=30, image_size=16),
     "full-200": Schedule(epochs=200),
     "full-200-autoaugment": Schedule(epochs=200, augmentation="autoaugment-cutout"),
 }
@@ -98,15 +99,16 @@ PLANS = {
         Round("tenth-16px", "held-out", (100, 101), SCANNED),
     ],
     "cpu": [
-        Round("tenth-16px", "test", range(3), tuple(PEERS)),
+        Round("tenth-16px", "test", range(3), comparable(PEERS, 16)),
         Round("tenth-16px", "test", range(3), tuple(LADDER)),
         Round("noise20-16px", "test", range(3), MAIN),
         Round("noise40-16px", "test", range(3), MAIN),
+        Round("full-30-16px", "test", range(3), MAIN),
         Round("tenth", "test", range(3), MAIN),
     ],
     "gpu": [
         Round("full-200", "test", range(3), (*MAIN, "ps-kd"), "resnet18"),
-        Round("full-200", "test", range(5), tuple(PEERS), "resnet18"),
+        Round("full-200", "test", range(5), comparable(PEERS, 32), "resnet18"),
         Round("full-200", "test", range(3), tuple(LADDER), "resnet18"),
         Round("full-200-autoaugment", "test", range(3), MAIN, "resnet18"),
         Round("full-200", "test", range(3), MAIN, "wrn_28_10"),

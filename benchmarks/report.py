@@ -30,7 +30,8 @@ BEGIN = "<!-- from here to the end mark, benchmarks/report.py writes -->"
 END = "<!-- end of what benchmarks/report.py writes -->"
 
 BASE, OURS = "vanilla", "sfr"
-LONGER = "vanilla-longer@factor=1.02"  # for as long as sfr takes
+# By the size of the images: vanilla for as long as sfr takes.
+LONGER = {32: "vanilla-longer@factor=1.02", 16: "vanilla-longer@factor=1.1"}
 PEERS = {
     BASE: "vanilla",
     "label-smoothing": "label smoothing 0.1",
@@ -42,8 +43,10 @@ PEERS = {
     "byot": "BYOT",
     "tfd": "TFD",
     "cutmix": "CutMix",
-    LONGER: "vanilla as long as sfr",
+    LONGER[32]: "vanilla, 2 % longer",
+    LONGER[16]: "vanilla, 10 % longer",
     OURS: "**sfr**",
+    "sfr-ps-kd": "**sfr's features + PS-KD**",
     "sfr-cutmix": "**sfr + CutMix**",
 }
 LADDER = {
@@ -58,8 +61,9 @@ LADDER = {
     "cutmix": "CutMix",
     "sfr-cutmix": "**sfr + CutMix**",
 }
-MAIN_SCHEDULES = ("tenth", "tenth-16px", "full-30", "full-200")  # of which the README shows the test part
-MAIN_ARMS = (BASE, "label-smoothing", "tfd", "byot", "cs-kd", "ps-kd", LONGER, OURS)
+# Of which the README shows the test part.
+MAIN_SCHEDULES = ("tenth", "tenth-16px", "full-30", "full-30-16px", "full-200")
+MAIN_ARMS = (BASE, "label-smoothing", "tfd", "byot", "cs-kd", "ps-kd", *LONGER.values(), OURS)
 NAMES = LADDER | PEERS
 SEVERITIES = ("1", "3", "5")
 
@@ -91,6 +95,11 @@ def main() -> None:
 def pages(groups: Sequence[Group]) -> dict[Path, str]:
     """Return the pages with their generated parts anew."""
     return {README: inserted(README, readme_part(groups)), PAGE: inserted(PAGE, page_part(groups))}
+
+
+def comparable(arms: Iterable[str], image_size: int) -> list[str]:
+    """Return `arms` without those that train for as long as sfr takes on images of another size."""
+    return [arm for arm in arms if arm not in LONGER.values() or arm == LONGER.get(image_size)]
 
 
 def is_main(group: Group) -> bool:
@@ -220,7 +229,7 @@ def in_percent(scores: Scores) -> str:
 
 def not_run(group: Group) -> str:
     """Name the main arms without a cell; on the held-out part choices are made, and not all arms belong there."""
-    missing = [named(arm) for arm in MAIN_ARMS if arm not in group.arms]
+    missing = [named(arm) for arm in comparable(MAIN_ARMS, group.schedule["image_size"]) if arm not in group.arms]
     return f"Not run: {', '.join(missing)}." if missing and group.is_test else ""
 
 

@@ -177,6 +177,15 @@ def test_main_arms_without_a_cell_are_named_and_have_no_row(read):
     assert "Not run" not in report.readme_part(read(*cells, record("byot", 0, 0.3), record("ps-kd", 0, 0.3)))
 
 
+@pytest.mark.parametrize(("image_size", "factor"), [(32, 1.02), (16, 1.1)])
+def test_vanilla_is_to_train_for_as_long_as_sfr_takes_on_images_of_that_size(read, image_size, factor):
+    arms = [arm for arm in report.MAIN_ARMS if not arm.startswith("vanilla-longer")]
+    cells = [record(arm, 0, 0.3, image_size=image_size) for arm in arms]
+    assert f"Not run: vanilla, {round(100 * factor - 100)} % longer." in report.readme_part(read(*cells))
+    there = record(f"vanilla-longer@factor={factor}", 0, 0.3, image_size=image_size)
+    assert "Not run" not in report.readme_part(read(*cells, there))
+
+
 def test_costs_stand_beside_the_arms_they_were_measured_for(read):
     cells = [*scored("vanilla", {0: 0.3}), *scored("sfr", {0: 0.3})]
     [group] = read(*cells, costs=COSTS)
