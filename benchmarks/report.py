@@ -30,6 +30,7 @@ BEGIN = "<!-- from here to the end mark, benchmarks/report.py writes -->"
 END = "<!-- end of what benchmarks/report.py writes -->"
 
 BASE, OURS = "vanilla", "sfr"
+PAST = "sfr@smoothing=past,alpha=0,alpha_end=0.8"
 # By the size of the images: vanilla for as long as sfr takes.
 LONGER = {32: "vanilla-longer@factor=1.02", 16: "vanilla-longer@factor=1.1"}
 PEERS = {
@@ -46,7 +47,7 @@ PEERS = {
     LONGER[32]: "vanilla, 2 % longer",
     LONGER[16]: "vanilla, 10 % longer",
     OURS: "**sfr**",
-    "sfr-ps-kd": "**sfr's features + PS-KD**",
+    PAST: "**sfr**, past predictions",
     "sfr-cutmix": "**sfr + CutMix**",
 }
 LADDER = {

@@ -13,12 +13,12 @@ Layout: TypeAlias = Literal["auto", "channels_first", "channels_last", "tokens",
 Cost: TypeAlias = Literal["sqeuclidean", "cosine", "correlation"]
 Marginals: TypeAlias = Literal["uniform", "cross"]
 Solver: TypeAlias = Literal["auto", "exact", "proximal", "sinkhorn"]
-Smoothing: TypeAlias = Literal["class_mean", "uniform", "none"]
+Smoothing: TypeAlias = Literal["class_mean", "past", "uniform", "none"]
 Update: TypeAlias = Literal["running", "epoch"]
 Reduction: TypeAlias = Literal["mean", "none"]
 
 IGNORE_INDEX = -100  # that of F.cross_entropy
-DEFAULT_ALPHA: dict[str, float] = {"class_mean": 0.5, "uniform": 0.1, "none": 0.0}
+DEFAULT_ALPHA: dict[str, float] = {"class_mean": 0.5, "past": 0.5, "uniform": 0.1, "none": 0.0}
 
 
 def check_choice(argument: str, value: object, choices: Any) -> None:
@@ -37,6 +37,14 @@ def check_number(argument: str, value: object, low: float, high: float = float("
     if not math.isfinite(value) or not low <= value <= high:
         allowed = f"lie in [{low}, {high}]" if math.isfinite(high) else f"be finite and at least {low}"
         raise ValueError(f"{argument} must {allowed}; got {value!r}")
+
+
+def check_num_samples(smoothing: Smoothing, value: int | None) -> None:
+    """Raise unless the number of training samples is given where, and only where, the label term needs it."""
+    if (value is None) == (smoothing == "past"):
+        raise ValueError(f"num_samples must be given for smoothing='past' and only then; got {value!r}")
+    if value is not None:
+        check_number("num_samples", value, 1, whole=True)
 
 
 @dataclass(frozen=True)
@@ -67,9 +75,12 @@ class SFRConfig:
         marginals: mass of each local feature: "uniform" or "cross" (DeepEMD's cross-reference weights).
         solver: "exact" (on the CPU), "proximal" or "sinkhorn" (batched, on the device), "auto": exact for CPU tensors,
             proximal elsewhere.
-        smoothing: label term: "class_mean" (dynamic label smoothing), "uniform" or "none" (plain cross-entropy).
+        smoothing: label term: "class_mean" (dynamic label smoothing), "past" (towards what the network said of the same
+            sample when it last saw it, as PS-KD; the criterion then needs `index`), "uniform" or "none" (plain
+            cross-entropy).
+        num_samples: samples of the training set, >= 1; for "past", which needs it, and for nothing else.
         alpha: weight of the smoothing distribution in the target, in [0, 1]. None means 0.5 for "class_mean" (Zhang
-            et al., arXiv 2011.12562), 0.1 for "uniform".
+            et al., arXiv 2011.12562) and "past", 0.1 for "uniform".
         alpha_end: if given, alpha moves linearly from `alpha` to `alpha_end` over `alpha_steps` steps.
         alpha_steps: length of that move in training steps, >= 1.
         momentum: weight of one sample in the running class means, in (0, 1]. 0.01 averages over about 100 samples.
@@ -97,6 +108,7 @@ class SFRConfig:
     marginals: Marginals = "uniform"
     solver: Solver = "auto"
     smoothing: Smoothing = "class_mean"
+    num_samples: int | None = None
     alpha: float | None = None
     alpha_end: float | None = None
     alpha_steps: int = 1
@@ -120,6 +132,7 @@ class SFRConfig:
         check_number("alpha_steps", self.alpha_steps, 1, whole=True)
         check_number("momentum", self.momentum, 1e-6, 1)
         check_number("ignore_index", self.ignore_index, -(2**63), 2**63 - 1, whole=True)
+        check_num_samples(self.smoothing, self.num_samples)
         for name in ("alpha", "alpha_end"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0, 1)

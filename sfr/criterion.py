@@ -98,6 +98,7 @@ class SFRLoss(nn.Module):
             momentum=config.momentum,
             update=config.update,
             ignore_index=config.ignore_index,
+            num_samples=config.num_samples,
         )
         self.step = 0
         self.last: LossParts | None = None
@@ -117,7 +118,12 @@ class SFRLoss(nn.Module):
 
     @eager
     def forward(
-        self, output: Tensor | Mapping[str, Any], target: Tensor, num_items_in_batch: Tensor | int | None = None
+        self,
+        output: Tensor | Mapping[str, Any],
+        target: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        *,
+        index: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of one batch as a 0-d tensor.
 
@@ -128,24 +134,26 @@ class SFRLoss(nn.Module):
             target: class indices, shape (B,) or (B, ...), or soft targets of the shape of the logits.
             num_items_in_batch: labels in all the batches that one optimizer step accumulates; the loss is then this
                 batch's share of their mean. Hugging Face's ``Trainer(compute_loss_func=criterion)`` passes it.
+            index: numbers of the samples in the training set, shape (B,), for ``smoothing="past"``; else of no effect.
+                ``StackDataset(dataset, range(len(dataset)))`` of ``torch.utils.data`` gives each sample with its own.
 
         Raises:
             RuntimeError: if the features recorded are not those of the forward that gave the logits.
             TypeError, ValueError: for an output or target of the wrong kind, shape or range.
         """
         logits = logits_of(output)
-        loss = self._loss(logits, target)
+        loss = self._loss(logits, target, index)
         if num_items_in_batch is None:
             return loss
         # The Trainer counts the labels that are not -100, whatever is ignored here: only so the shares sum to one.
         return loss * ((target != IGNORE_INDEX).sum() / num_items_in_batch)
 
-    def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, target: Tensor, index: Tensor | None) -> Tensor:
         if not self.training or not torch.is_grad_enabled() or self._model.disabled:
             ignore_index = self.config.ignore_index
             return cross_entropy(logits, checked_target(logits, target, ignore_index), ignore_index)
         features = self._model.take_features(logits)
-        label = self.labels(logits, target)
+        label = self.labels(logits, target, index)
         self.step += 1
         weight = self.current_weight()
         if weight == 0:

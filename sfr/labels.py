@@ -9,7 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfr.config import DEFAULT_ALPHA, IGNORE_INDEX, Smoothing, Update, check_choice, check_number
+from sfr.config import DEFAULT_ALPHA, IGNORE_INDEX, Smoothing, Update, check_choice, check_num_samples, check_number
+from sfr.past import PastPredictions
 
 # Above so many classes a step exchanges and updates only the rows of S whose class was seen. The host of an accelerator
 # has to wait to know which, and is spared that as long as the whole of S is a small message (16 MiB).
@@ -45,7 +46,7 @@ def smooth_labels(target: Tensor, distributions: Tensor, alpha: float) -> Tensor
 
 
 class DynamicLabelSmoothing(nn.Module):
-    r"""Cross-entropy against targets smoothed by the network's own mean prediction for each class.
+    r"""Cross-entropy against targets smoothed by what the network itself said: of the class, or of the sample.
 
     .. math:: L = -\sum_k q_k \log p_k, \qquad q = (1 - \alpha_t)\,\mathrm{onehot}(y) + \alpha_t S_t[y]
 
@@ -63,19 +64,26 @@ class DynamicLabelSmoothing(nn.Module):
 
     so that `momentum` means the same as in classification, and a large object no more than a small one.
 
+    With "past" what takes the place of S[y] is the network's softmax for the same sample when it was last in a training
+    step, and the one-hot label before that (Kim et al., PS-KD, ICCV 2021, arXiv 2006.12000, who let alpha rise from 0
+    to 0.8 over the training). It is for classification with class indices: a mixed image has no past.
+
     In evaluation mode the loss is the plain cross-entropy and nothing is updated.
 
     Args:
-        mode: "class_mean", "uniform" (S = 1/K) or "none" (plain cross-entropy).
-        alpha: share of S in the target, in [0, 1]; None means 0.5, 0.1 and 0 for the three modes.
+        mode: "class_mean", "past", "uniform" (S = 1/K) or "none" (plain cross-entropy).
+        alpha: share of S in the target, in [0, 1]; None means 0.5, 0.5, 0.1 and 0 for the four modes.
         alpha_end: if given, alpha moves linearly to it over `alpha_steps` training steps.
         alpha_steps: length of that move, >= 1.
         momentum: weight of one sample in the running mean, in (0, 1].
         update: "running" or "epoch".
         ignore_index: class index that marks a label to be left out, as in ``F.cross_entropy``; where all are, the loss
             is NaN, as there.
+        num_samples: samples of the training set, >= 1; for "past" and for nothing else. See
+            :class:`sfr.past.PastPredictions` for the memory they take.
         sync: sum the statistics over the ranks of ``torch.distributed``: K x (K + 1) numbers a step; of more than 2048
-            classes (128 on the CPU) K numbers, and K + 1 for each class seen in the step.
+            classes (128 on the CPU) K numbers, and K + 1 for each class seen in the step. With "past" the ranks
+            exchange the predictions of the step.
 
     Example:
         >>> criterion = DynamicLabelSmoothing(mode="uniform", alpha=0.1)
@@ -97,10 +105,12 @@ class DynamicLabelSmoothing(nn.Module):
         momentum: float = 0.01,
         update: Update = "running",
         ignore_index: int = IGNORE_INDEX,
+        num_samples: int | None = None,
         sync: bool = True,
     ) -> None:
         super().__init__()
         check_choice("mode", mode, Smoothing)
+        check_num_samples(mode, num_samples)
         check_choice("update", update, Update)
         alpha = DEFAULT_ALPHA[mode] if alpha is None else alpha
         alpha_end = alpha if alpha_end is None else alpha_end
@@ -117,25 +127,29 @@ class DynamicLabelSmoothing(nn.Module):
         # sums are those of an epoch; "running" has none.
         self.distributions, self.sums = torch.empty(0, 0), torch.empty(0, 0)
         self.counts = torch.empty(0)
+        self.past = PastPredictions(num_samples, sync) if num_samples is not None else None
 
     def current_alpha(self) -> float:
         """Return the alpha of the next training step."""
         return self.alpha + (self.alpha_end - self.alpha) * min(1.0, self.step / self.alpha_steps)
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, target: Tensor, index: Tensor | None = None) -> Tensor:
         """Return the loss of one batch as a 0-d tensor.
 
         Args:
             logits: shape (B, K), or (B, K, ...) with one prediction at each position.
             target: class indices, shape (B,) or (B, ...), or soft targets of the shape of the logits.
+            index: numbers of the samples in the training set, shape (B,); for "past", else of no effect.
 
         Raises:
-            TypeError, ValueError: for logits or a target of the wrong kind or shape, and, on the CPU, for a class
-                index out of range (reading the indices of another device would make the host wait).
+            TypeError, ValueError: for logits, a target or an index of the wrong kind or shape, and, on the CPU, for a
+                class index or a number out of range (reading those of another device would make the host wait).
         """
         target = checked_target(logits, target, self.ignore_index)
         if not self.training or self.mode == "none" or self.alpha == self.alpha_end == 0:
             return cross_entropy(logits, target, self.ignore_index)
+        if self.past is not None:
+            return self._towards_the_past(self.past, logits, target, index)
         alpha = self.current_alpha()
         self.step += 1
         if self.mode != "class_mean":
@@ -149,13 +163,28 @@ class DynamicLabelSmoothing(nn.Module):
         self._observe(rows.detach(), labels, images=len(logits))
         return loss
 
+    def _towards_the_past(self, past: PastPredictions, logits: Tensor, target: Tensor, index: Tensor | None) -> Tensor:
+        if logits.ndim != 2 or target.is_floating_point():
+            raise ValueError(
+                "smoothing='past' needs logits of shape (B, K) and class indices: a mixed image has no past; "
+                f"got logits {tuple(logits.shape)} and a {target.dtype} target"
+            )
+        index = past.checked(index, len(logits))
+        alpha = self.current_alpha()
+        self.step += 1
+        log_probabilities = F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        kept = target != self.ignore_index
+        onehot = F.one_hot(target.where(kept, 0), logits.shape[1]).to(log_probabilities)
+        smoothed = (1 - alpha) * onehot + alpha * past.recall(index, otherwise=onehot)
+        past.remember(index, log_probabilities.detach().exp())
+        return _mean_cross_entropy(smoothed, log_probabilities, kept)
+
     def _smoothed_cross_entropy(self, log_probabilities: Tensor, target: Tensor, alpha: float) -> Tensor:
         if target.is_floating_point():
             return -(smooth_labels(target, self.distributions, alpha) * log_probabilities).sum(dim=1).mean()
         kept = target != self.ignore_index
         smoothed = smooth_labels(target.where(kept, 0), self.distributions, alpha)
-        losses = -(smoothed * log_probabilities).sum(dim=1)
-        return losses.where(kept, 0.0).sum() / kept.sum()
+        return _mean_cross_entropy(smoothed, log_probabilities, kept)
 
     @torch.no_grad()
     def end_epoch(self) -> None:
@@ -236,6 +265,12 @@ class DynamicLabelSmoothing(nn.Module):
 
     def extra_repr(self) -> str:
         return f"mode={self.mode}, alpha={self.alpha}, alpha_end={self.alpha_end}, update={self.update}"
+
+
+def _mean_cross_entropy(targets: Tensor, log_probabilities: Tensor, kept: Tensor) -> Tensor:
+    """Return the mean cross-entropy of the rows (N, K) that are `kept` (N,); NaN if none is."""
+    losses = -(targets * log_probabilities).sum(dim=1)
+    return losses.where(kept, 0.0).sum() / kept.sum()
 
 
 def _class_sums(log_probabilities: Tensor, label: Tensor, classes: Tensor, images: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from baselines.cutmix import CutMix, SelfFeatureCutMix
 from baselines.dlb import LastMiniBatch
 from baselines.label_smoothing import LabelSmoothing
 from baselines.online_label_smoothing import OnlineLabelSmoothing
-from baselines.ps_kd import Progressive, SelfFeatureProgressive
+from baselines.ps_kd import Progressive
 from baselines.self_feature import SelfFeature
 from baselines.tf_kd import VirtualTeacher
 from baselines.tfd import TeacherFreeFeatureDistillation
@@ -32,7 +32,6 @@ METHODS: dict[str, type[Arm]] = {
     "cutmix": CutMix,
     "sfr": SelfFeature,
     "sfr-cutmix": SelfFeatureCutMix,
-    "sfr-ps-kd": SelfFeatureProgressive,
 }
 
 

@@ -35,7 +35,7 @@ class SelfFeatureCutMix(SelfFeature):
 
     def forward(self, indices: Tensor) -> Tensor:
         images, targets = mixed_batch(self.task, indices, self.probability, self.draws.generator)
-        return self.loss(self.model(images), targets)
+        return self.criterion(self.model(images), targets)
 
 
 def mixed_batch(task: Task, indices: Tensor, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,11 @@
-"""Progressive self-knowledge distillation (Kim et al., PS-KD, ICCV 2021, arXiv 2006.12000), alone and with sfr."""
+"""Progressive self-knowledge distillation (Kim et al., PS-KD, ICCV 2021, arXiv 2006.12000)."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import sfr
 from baselines.arm import Arm, Task
 
 
@@ -41,23 +38,3 @@ class Progressive(Arm):
 
     def end_epoch(self) -> None:
         self.epoch += 1
-
-
-class SelfFeatureProgressive(Progressive):
-    """sfr's feature term beside PS-KD's targets, which take the place of its label smoothing.
-
-    Options besides PS-KD's alpha are fields of :class:`sfr.SFRConfig`.
-    """
-
-    model: sfr.SFRWrapper
-
-    def __init__(self, task: Task, alpha: float = 0.8, **config: Any) -> None:
-        super().__init__(task, alpha)
-        self.model = sfr.SFRWrapper(task.model, smoothing="none", **config)
-        self.criterion = sfr.SFRLoss(self.model)
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return self.criterion(logits, labels)
-
-    def settings(self) -> dict[str, Any]:
-        return self.model.sfr_config.to_dict()

@@ -210,21 +210,23 @@ def test_ps_kd_moves_the_targets_towards_what_was_said_an_epoch_ago(task: Task) 
     assert not arm.predictions.requires_grad
 
 
-def test_sfr_beside_ps_kd_is_its_feature_term_and_their_targets(task: Task) -> None:
-    plain, arm = build_arm("ps-kd", replace(task, model=copy.deepcopy(task.model))), build_arm("sfr-ps-kd", task)
-    for one in (plain, arm):
-        one(batch())
-        one.end_epoch()
-        with torch.no_grad():
-            next(one.model.parameters()).mul_(1.5)
-    label, loss = plain(batch()).item(), arm(batch()).item()
-    model = sfr.SFRWrapper(copy.deepcopy(arm.model.unwrap()), smoothing="none")
-    criterion = sfr.SFRLoss(model)
-    criterion(model(task.images(batch())), task.labels[batch()])
-    feature = criterion.last.feature.item()
-    assert feature > 0
-    assert loss == pytest.approx(label + model.sfr_config.weight * feature, rel=1e-5)
-    assert torch.equal(arm.predictions, plain.predictions)
+def test_sfr_with_past_predictions_is_ps_kd_and_the_feature_term(task: Task) -> None:
+    theirs = build_arm("ps-kd", replace(task, model=copy.deepcopy(task.model)))
+    theirs.epoch += task.epochs - 1  # from here on its alpha is 0.8
+    ours = build_arm("sfr@smoothing=past,alpha=0.8,weight=0.5", task)
+    for _ in range(3):
+        loss, label = ours(batch()).item(), theirs(batch()).item()
+        feature = ours.criterion.last.feature.item()
+        assert feature > 0
+        assert loss == pytest.approx(label + 0.5 * feature, rel=1e-3)
+        for arm in (theirs, ours):
+            with torch.no_grad():
+                next(arm.model.parameters()).mul_(1.5)
+
+
+def test_alpha_of_sfr_ends_with_the_run_unless_told_otherwise(task: Task) -> None:
+    assert build_arm("sfr@alpha_end=0.9", task).model.sfr_config.alpha_steps == 24
+    assert build_arm("sfr@alpha_end=0.9,alpha_steps=5", task).model.sfr_config.alpha_steps == 5
 
 
 def test_dlb_trains_on_the_last_batch_again_and_agrees_with_what_was_said_of_it(task: Task) -> None:

@@ -78,10 +78,10 @@ def test_committed_cells_of_sfr_are_named_by_what_differs_from_today_s_defaults(
     for file in report.RESULTS.glob("*/*.json"):
         cell = json.loads(file.read_text())
         name, options = parse_arm(cell["cell"]["arm"])
-        if name.startswith("sfr"):
+        if name in ("sfr", "sfr-cutmix"):
             options.pop("probability", None)
-            if name == "sfr-ps-kd":
-                options = {"smoothing": "none"} | {key: value for key, value in options.items() if key != "alpha"}
+            # What the length of the run and the number of its images decide.
+            options |= {key: cell["settings"][key] for key in ("alpha_steps", "num_samples") if key in cell["settings"]}
             assert SFRConfig.from_dict(cell["settings"]) == SFRConfig(**options), file.name
 
 

@@ -1,0 +1,112 @@
+"""PastPredictions: what the network said of each training sample when it last saw it."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sfr.config import check_number
+
+
+class PastPredictions(nn.Module):
+    """A table of one distribution per training sample, the same on all ranks.
+
+    It takes ``2 * num_samples * K`` bytes on the device of the logits, for K classes, and as much in a checkpoint.
+
+    Args:
+        num_samples: samples of the training set, >= 1.
+        sync: take over what the other ranks of ``torch.distributed`` said: K + 1 numbers for each sample of a step. The
+            ranks may have different numbers of samples, for which the host waits.
+
+    Raises:
+        TypeError, ValueError: for a number of samples that is none.
+
+    Example:
+        >>> past = PastPredictions(num_samples=3)
+        >>> past.remember(torch.tensor([2]), torch.tensor([[0.25, 0.75]]))
+        >>> past.recall(torch.tensor([2, 0]), otherwise=torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+        tensor([[0.2500, 0.7500],
+                [1.0000, 0.0000]])
+    """
+
+    table: Tensor
+
+    def __init__(self, num_samples: int, sync: bool = True) -> None:
+        super().__init__()
+        check_number("num_samples", num_samples, 1, whole=True)
+        self.num_samples, self.sync = num_samples, sync
+        self.table = torch.empty(0, 0, dtype=torch.float16)  # (num_samples, K) once K is known
+
+    def checked(self, index: Tensor | None, samples: int) -> Tensor:
+        """Return the numbers of a batch of `samples` as int64, or raise an error that says what does not fit."""
+        if index is None:
+            raise ValueError(
+                "smoothing='past' needs to know which samples it is given: criterion(logits, target, index=index). "
+                "torch.utils.data.StackDataset(dataset, range(len(dataset))) gives each sample with its number."
+            )
+        if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype == torch.bool:
+            raise TypeError(f"index must be a tensor of integers; got {getattr(index, 'dtype', type(index).__name__)}")
+        if index.shape != (samples,):
+            raise ValueError(f"index must have shape ({samples},), one number per sample; got {tuple(index.shape)}")
+        if index.device.type == "cpu" and len(index) and not 0 <= index.min() <= index.max() < self.num_samples:
+            raise ValueError(
+                f"index must lie in [0, {self.num_samples - 1}], as num_samples={self.num_samples} says; "
+                f"got values from {index.min().item()} to {index.max().item()}"
+            )
+        return index.long()
+
+    def recall(self, index: Tensor, otherwise: Tensor) -> Tensor:
+        """Return what was said of the samples `index` (B,), rows of `otherwise` (B, K) where nothing was yet."""
+        self._prepare(otherwise)
+        said = self.table[index.to(self.table.device)].to(otherwise.dtype)
+        total = said.sum(dim=1, keepdim=True)
+        return torch.where(total > 0, said / total, otherwise)
+
+    @torch.no_grad()
+    def remember(self, index: Tensor, probabilities: Tensor) -> None:
+        """Keep what is said, (B, K), of the samples `index` (B,); nothing of those for which it is not finite."""
+        self._prepare(probabilities)
+        index, said = index.to(self.table.device), probabilities.to(self.table.dtype).nan_to_num(nan=0.0)
+        if self.sync and dist.is_available() and dist.is_initialized():
+            index, said = _rows_of_all_ranks(index, said)
+        self.table[index] = said
+
+    def _prepare(self, like: Tensor) -> None:
+        """Create the table for the first distributions, or bring a restored one to their device."""
+        if not len(self.table):
+            self.table = self.table.new_zeros(self.num_samples, like.shape[1], device=like.device)
+        expected = (self.num_samples, like.shape[1])
+        if self.table.shape != expected:
+            raise ValueError(f"the past predictions are of shape {tuple(self.table.shape)}, not {expected}")
+        self.table = self.table.to(like.device)
+
+    def get_extra_state(self) -> Tensor:
+        """Return a copy of the table; called by ``state_dict``."""
+        return self.table.clone()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore what :meth:`get_extra_state` gave; called by ``load_state_dict``."""
+        self.table = state.clone()
+
+    def extra_repr(self) -> str:
+        return f"num_samples={self.num_samples}"
+
+
+def _rows_of_all_ranks(*tensors: Tensor) -> list[Tensor]:
+    """Return each tensor with the rows of all ranks, in the order of the ranks, which may have different numbers."""
+    ranks = dist.get_world_size()
+
+    def gathered(values: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(values) for _ in range(ranks)]
+        dist.all_gather(parts, values.contiguous())
+        return parts
+
+    own = torch.tensor([len(tensors[0])], device=tensors[0].device)
+    counts = [int(count) for count in gathered(own)]
+    result = []
+    for tensor in tensors:
+        padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        result.append(torch.cat([part[:count] for part, count in zip(gathered(padded), counts, strict=True)]))
+    return result
