@@ -68,6 +68,11 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
         pixels, labels = default_collate(samples)
         return self.normalise(pixels).to(memory_format=torch.channels_last), labels
 
+    def collate_numbered(self, samples: list[tuple[tuple[Tensor, Tensor], int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of samples with their numbers, as StackDataset gives them."""
+        images, index = zip(*samples, strict=True)
+        return *self.collate(list(images)), torch.tensor(index)
+
 
 class Splits(NamedTuple):
     """The parts of a run; validation is None where nothing is held out."""

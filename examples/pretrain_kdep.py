@@ -119,7 +119,7 @@ class Pretrainer(Trainer):
         with self.accelerator.autocast():
             return torch.cat([self.teacher(images) for images, _ in loader])
 
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, images: Tensor, labels: Tensor, index: Tensor) -> Tensor:
         with torch.no_grad(), self.accelerator.autocast():
             teacher = self.teacher(images)
         return self.model(images, teacher)

@@ -34,7 +34,7 @@ from learning_rate import warmup_then_cosine
 from run_folder import Record, RunFolder
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, StackDataset
 from tqdm.auto import tqdm
 
 import sfr
@@ -118,13 +118,14 @@ class Trainer:
         return build_model_and_criterion(args, self.accelerator.device)
 
     def _loader(self, images: ImageSet, args: argparse.Namespace, shuffle: bool) -> Any:
-        """Whole batches only where we train: then one process and several take the same steps."""
-        loader = DataLoader(
-            images,
+        """Where we train (`shuffle`) only whole batches, so that one process and several take the same steps, and with
+        each image its number."""
+        loader: DataLoader[Any] = DataLoader(
+            StackDataset(images, range(len(images))) if shuffle else images,  # type: ignore[arg-type]
             args.batch_size,
             shuffle=shuffle,
             drop_last=shuffle,
-            collate_fn=images.collate,
+            collate_fn=images.collate_numbered if shuffle else images.collate,
             num_workers=args.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
@@ -140,8 +141,8 @@ class Trainer:
         totals: dict[str, Tensor] = {}
         start = time.perf_counter()
         with self._progress_bar(epoch, steps) as bar:
-            for step, (images, labels) in enumerate(islice(self.train_loader, steps), start=1):
-                for name, part in self._step(images, labels).items():
+            for step, batch in enumerate(islice(self.train_loader, steps), start=1):
+                for name, part in self._step(*batch).items():
                     totals[name] = totals[name] + part if name in totals else part
                 bar.update(self.batch_size)
                 if step % SHOW_LOSS_EVERY == 0:
@@ -161,8 +162,8 @@ class Trainer:
             "images_per_second": round(steps * self.batch_size / seconds, 1),
         }
 
-    def _step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        loss = self._loss(images, labels)
+    def _step(self, images: Tensor, labels: Tensor, index: Tensor) -> dict[str, Tensor]:
+        loss = self._loss(images, labels, index)
         self.accelerator.backward(loss)
         self.optimizer.step()
         self.schedule.step()
@@ -173,8 +174,9 @@ class Trainer:
             parts |= {"label_loss": last.label, "feature_loss": last.feature}
         return parts
 
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        return self.criterion(self.model(images), labels)
+    def _loss(self, images: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+        numbers = {"index": index} if isinstance(self.criterion, sfr.SFRLoss) else {}  # for smoothing=past
+        return self.criterion(self.model(images), labels, **numbers)
 
     def _progress_bar(self, epoch: int, steps: int) -> "tqdm[None]":
         return tqdm(

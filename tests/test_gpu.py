@@ -56,15 +56,24 @@ def test_exact_plans_are_given_back_on_the_device():
     assert torch.equal(solve(cost.cuda(), solver="exact").cpu(), solve(cost, solver="exact"))
 
 
-@pytest.mark.parametrize("options", [{}, {"marginals": "cross"}, {"cost": "cosine", "grouping": "mean"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"marginals": "cross"},
+        {"cost": "cosine", "grouping": "segments"},
+        {"smoothing": "past", "num_samples": 1000},
+    ],
+)
 def test_a_training_step_never_waits_for_the_device(make_net, batch, options):
     images, labels = batch[0].cuda(), batch[1].cuda()
+    index = torch.arange(len(images), device="cuda")
     model = sfr.SFRWrapper(make_net().cuda(), example_input=images, **options)
     criterion = sfr.SFRLoss(model)
 
     def step():
         with torch.autocast("cuda", torch.bfloat16):
-            loss = criterion(model(images), labels)
+            loss = criterion(model(images), labels, index=index)
         loss.backward()
         return loss
 

@@ -105,6 +105,22 @@ def test_sfr_options_reach_the_configuration(tmp_path):
     assert (written["weight"], written["grouping"], written["update"]) == (0.5, "mean", "epoch")
 
 
+def test_images_come_with_the_numbers_by_which_past_predictions_are_kept(tmp_path, monkeypatch):
+    seen, step = [], train_cifar.Trainer._step
+
+    def noted(trainer, images, labels, index):
+        seen.append((trainer.criterion, labels, index))
+        return step(trainer, images, labels, index)
+
+    monkeypatch.setattr(train_cifar.Trainer, "_step", noted)
+    splits = load_splits("digits", None, limit=70)
+    train(tmp_path, "--epochs", "1", "--sfr", "smoothing=past", f"num_samples={len(splits.train)}")
+    index = torch.cat([numbers for _, _, numbers in seen])
+    assert torch.equal(splits.train.data.labels[index], torch.cat([labels for _, labels, _ in seen]))
+    remembered = seen[0][0].labels.past.table.sum(dim=1) > 0
+    assert set(remembered.nonzero().flatten().tolist()) == set(index.tolist())
+
+
 def test_max_steps_ends_the_run_within_an_epoch(tmp_path):
     train(tmp_path, "--max-steps", "3")
     assert [record["step"] for record in metrics(tmp_path)] == [2, 3]
