@@ -26,8 +26,7 @@ from overhead import environment
 from torch import Tensor
 
 import sfr
-from sfr.nodes import match_channels, to_nodes
-from sfr.stages import resolve_pairs
+from sfr.nodes import to_nodes
 from sfr.transport import solve
 
 BATCH = 256
@@ -67,22 +66,20 @@ def looked_into(run: CellRun, arm: SelfFeature, indices: Tensor, weight: float) 
     before = {name: value.clone() for name, value in arm.state_dict().items() if isinstance(value, Tensor)}
     arm.train()
     logits = arm.model(run.batches.plain(indices))
-    nodes = stage_nodes(arm, arm.model.take_features(logits))
+    features = arm.model.take_features(logits)
     label = torch.nn.functional.cross_entropy(logits, run.train.labels[indices])
-    config, names = arm.model.sfr_config, list(nodes)
     pairs, terms = {}, []
-    for i, j in resolve_pairs(config.pairs, names):
-        shallow, deep = match_channels(nodes[names[i]], nodes[names[j]].detach(), config.grouping)
-        terms.append(sfr.emd_l2(shallow, deep, solver=config.solver))
-        pairs[f"{names[i]} <- {names[j]}"] = plan_facts(shallow.detach(), deep)
+    for pair, shallow, deep, _ in arm.criterion.matched_nodes(features):
+        terms.append(sfr.emd_l2(shallow, deep, solver=arm.model.sfr_config.solver))
+        pairs[pair] = plan_facts(shallow.detach(), deep)
     feature = weight * torch.stack(terms).mean()
     stages = {
         name: {
-            "rms": nodes[name].detach().square().mean().sqrt().item(),
+            "rms": nodes.detach().square().mean().sqrt().item(),
             "label_gradient": gradient_norm(label, arm.model.stage(name)),
             "feature_gradient": gradient_norm(feature, arm.model.stage(name)),
         }
-        for name in names
+        for name, nodes in stage_nodes(arm, features).items()
     }
     arm.load_state_dict(before, strict=False)
     return {"label": label.item(), "feature": feature.item(), "pairs": pairs, "stages": stages}

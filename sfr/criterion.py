@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -190,6 +190,26 @@ class SFRLoss(nn.Module):
 
     def _feature_terms(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the feature term of every pair."""
+        config, terms = self.config, {}
+        for pair, shallow, deep, finite in self.matched_nodes(features):
+            values = emd_l2(
+                shallow, deep, cost=config.cost, marginals=config.marginals, solver=config.solver, reduction="none"
+            )
+            per_image = values.reshape(len(finite), -1).mean(dim=1)
+            terms[pair] = (per_image * finite).mean()
+        self._warn_once()
+        return terms
+
+    def matched_nodes(self, features: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        """Yield for every pair of stages what the transport is between.
+
+        Args:
+            features: stage outputs by name, from the shallowest on, as :meth:`sfr.SFRWrapper.take_features` gives them.
+
+        Yields:
+            "shallow <- deep"; the nodes of the two, (B * G, N, C) and (B * G, M, C), G problems an image
+            (:func:`sfr.nodes.match_channels`); and (B,), which images have finite features.
+        """
         config, names = self.config, list(features)
         maps = {name: self.map_of(name, feature) for name, feature in features.items()}
         shapes = {name: spatial_shape(*stage_map) for name, stage_map in maps.items()}
@@ -200,24 +220,14 @@ class SFRLoss(nn.Module):
                 pooled[name, grid] = self._finite(to_nodes(*maps[name], grid))
             return pooled[name, grid]
 
-        terms = {}
         for i, j in resolve_pairs(config.pairs, names):
             grids = common_grids(shapes[names[i]], shapes[names[j]], config.max_grid)
             shallow, shallow_finite = nodes_of(names[i], grids[0])
             deep, deep_finite = nodes_of(names[j], grids[1])
             if config.detach_deep:
                 deep = deep.detach()
-            values = emd_l2(
-                *match_channels(shallow, deep, config.grouping, sync=self.labels.sync),
-                cost=config.cost,
-                marginals=config.marginals,
-                solver=config.solver,
-                reduction="none",
-            )
-            per_image = values.reshape(len(shallow), -1).mean(dim=1)
-            terms[f"{names[i]} <- {names[j]}"] = (per_image * (shallow_finite & deep_finite)).mean()
-        self._warn_once()
-        return terms
+            matched = match_channels(shallow, deep, config.grouping, sync=self.labels.sync)
+            yield f"{names[i]} <- {names[j]}", *matched, shallow_finite & deep_finite
 
     def _finite(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """Zero the nodes of images that hold a non-finite value; return them and which images are sound."""
