@@ -27,7 +27,7 @@ import torch
 from baselines import parse_arm
 from cell import Cell, Schedule, run_cell
 from images import ROOT, decoded
-from report import LADDER, PEERS, comparable
+from report import LADDER, PAST, PEERS, comparable
 
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
 CACHE = ROOT / "benchmarks" / ".cache"
@@ -66,7 +66,7 @@ class Round:
         ]
 
 
-MAIN = ("vanilla", "label-smoothing", "sfr")
+MAIN = ("vanilla", "label-smoothing", "sfr", PAST)
 SCANNED = (
     "vanilla",
     "label-smoothing",
@@ -92,11 +92,24 @@ SCANNED_SHORT = (
     "sfr@detach_deep=False",
     "sfr@weight=1,detach_deep=False,smoothing=none",
 )
+SCANNED_LABELS = (
+    "ps-kd",
+    PAST,
+    "sfr@smoothing=past",
+    "sfr@alpha=0,alpha_end=0.8,alpha_steps=3900",
+)
+SCANNED_ONCE = (
+    "sfr@cost=correlation,smoothing=none",
+    "sfr@weight=1,cost=correlation,smoothing=none",
+    "sfr@smoothing=past,alpha=0.8",
+)
 # What docs/accuracy.md is made of: the scan by which choices were made, then the test, with seeds of its own.
 PLANS = {
     "scan": [
         Round("tenth-16px-short", "held-out", (100,), SCANNED_SHORT),
         Round("tenth-16px", "held-out", (100, 101), SCANNED),
+        Round("tenth-16px", "held-out", (100, 101), SCANNED_LABELS),
+        Round("tenth-16px", "held-out", (100,), SCANNED_ONCE),
     ],
     "cpu": [
         Round("tenth-16px", "test", range(3), comparable(PEERS, 16)),

@@ -32,20 +32,20 @@ def load_parts(dataset: str, data_dir: Path | None, cache: Path, part: str) -> P
 
     The decoded images are kept in the folder `cache`.
     """
-    train, test = decoded(dataset, data_dir, cache)
+    train, test = (Labelled(*split) for split in torch.load(decoded(dataset, data_dir, cache)))
     if part == "test":
         return Parts(train, test)
     return Parts(*hold_out(train, HELD_OUT / len(train.labels)))
 
 
-def decoded(dataset: str, data_dir: Path | None, cache: Path) -> tuple[Labelled, Labelled]:
+def decoded(dataset: str, data_dir: Path | None, cache: Path) -> Path:
+    """Return the file of a data set's decoded images, pixels and labels of training and test; made if it is missing."""
     file = cache / f"{dataset}.pt"
     if not file.exists():
         splits = load_splits(dataset, data_dir)
         cache.mkdir(parents=True, exist_ok=True)
         replace_file(file, lambda path: torch.save([tuple(part.data) for part in (splits.train, splits.test)], path))
-    train, test = torch.load(file)
-    return Labelled(*train), Labelled(*test)
+    return file
 
 
 def few_per_class(data: Labelled, per_class: int, generator: torch.Generator) -> Labelled:

@@ -59,12 +59,16 @@ LADDER = {
     "sfr@grouping=segments,smoothing=none": "EMD-l2, many to one (segments)",
     "sfr@weight=0": "dynamic label smoothing alone",
     OURS: "**sfr**: all of it",
+    PAST: "the same with past predictions in the place of class means",
     "cutmix": "CutMix",
     "sfr-cutmix": "**sfr + CutMix**",
 }
 # Of which the README shows the test part.
 MAIN_SCHEDULES = ("tenth", "tenth-16px", "full-30", "full-30-16px", "full-200")
-MAIN_ARMS = (BASE, "label-smoothing", "tfd", "byot", "cs-kd", "ps-kd", *LONGER.values(), OURS)
+MAIN_ARMS = (
+    *(BASE, *LONGER.values(), "label-smoothing", "tfd", "byot", "cs-kd", "ps-kd"),
+    *(OURS, PAST, "cutmix", "sfr-cutmix"),
+)
 NAMES = LADDER | PEERS
 SEVERITIES = ("1", "3", "5")
 

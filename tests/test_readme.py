@@ -4,7 +4,10 @@ import re
 from pathlib import Path
 
 import torch
+from torch.utils.data import TensorDataset
 from torchvision import models
+
+import sfr
 
 README = Path(__file__).parents[1] / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
@@ -19,7 +22,7 @@ def surroundings():
 
 
 def test_the_readme_has_its_snippets():
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) == 5
 
 
 def test_the_two_lines_train_and_give_the_model_back():
@@ -40,3 +43,12 @@ def test_the_other_snippets_run_on_a_wrapped_model(capsys):
     names["model"] = names["model"].unwrap()
     exec(SNIPPETS[2], names)
     assert names["model"].sfr_config.pairs == "last"
+
+
+def test_the_snippet_of_past_predictions_remembers_every_image():
+    names = surroundings() | {"sfr": sfr, "epochs": 3}
+    names["data"] = TensorDataset(torch.randn(6, 3, 64, 64), torch.arange(6))
+    exec(SNIPPETS[4], names)
+    names["loss"].backward()
+    assert (names["criterion"].labels.past.table.sum(dim=1) > 0).all()
+    assert names["model"].sfr_config.alpha_steps == 3
