@@ -48,6 +48,7 @@ PEERS = {
     LONGER[16]: "vanilla, 10 % longer",
     OURS: "**sfr**",
     PAST: "**sfr**, past predictions",
+    "sfr-cutmix@smoothing=none": "**sfr's features + CutMix**",
     "sfr-cutmix": "**sfr + CutMix**",
 }
 LADDER = {
@@ -61,13 +62,14 @@ LADDER = {
     OURS: "**sfr**: all of it",
     PAST: "the same with past predictions in the place of class means",
     "cutmix": "CutMix",
+    "sfr-cutmix@smoothing=none": "**sfr's features + CutMix**",
     "sfr-cutmix": "**sfr + CutMix**",
 }
 # Of which the README shows the test part.
 MAIN_SCHEDULES = ("tenth", "tenth-16px", "full-30", "full-30-16px", "full-200")
 MAIN_ARMS = (
     *(BASE, *LONGER.values(), "label-smoothing", "tfd", "byot", "cs-kd", "ps-kd"),
-    *(OURS, PAST, "cutmix", "sfr-cutmix"),
+    *(OURS, PAST, "cutmix", "sfr-cutmix@smoothing=none"),
 )
 NAMES = LADDER | PEERS
 SEVERITIES = ("1", "3", "5")
