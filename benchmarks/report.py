@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import mean, median
+from types import MappingProxyType
 
 from cost_plot import Point, draw
 from groups import Group, Record, Scores, on_corrupted, read_groups, result
@@ -33,6 +34,7 @@ BASE, OURS = "vanilla", "sfr"
 PAST = "sfr@smoothing=past,alpha=0,alpha_end=0.8"
 # By the size of the images: vanilla for as long as sfr takes.
 LONGER = {32: "vanilla-longer@factor=1.02", 16: "vanilla-longer@factor=1.1"}
+RIVALS = {OURS: "sfr", PAST: "sfr with past predictions"}
 PEERS = {
     BASE: "vanilla",
     "label-smoothing": "label smoothing 0.1",
@@ -140,7 +142,7 @@ def page_part(groups: Sequence[Group]) -> str:
 def section(group: Group) -> str:
     """Return all there is to say of one group."""
     tables = {
-        "Peers": "\n\n".join(filter(None, [arms_table(group, PEERS, rival=OURS), not_run(group)])),
+        "Peers": "\n\n".join(filter(None, [arms_table(group, PEERS, rivals=RIVALS), not_run(group)])),
         "The ladder": arms_table(group, LADDER),
         "Variants, the best first": arms_table(group, {arm: f"`{arm}`" for arm in variants(group)}),
     }
@@ -194,17 +196,20 @@ def distinct(values: Iterable[str]) -> str:
     return " / ".join(sorted(set(values)))
 
 
-def arms_table(group: Group, names: Mapping[str, str], rival: str | None = None) -> str:
-    """Return one row for each named arm that has cells; nothing if there are none besides vanilla."""
+def arms_table(group: Group, names: Mapping[str, str], rivals: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Return one row for each named arm that has cells; nothing if there are none besides vanilla.
+
+    The gains of the `rivals` over each arm are columns under the names they have there.
+    """
     shown = [arm for arm in names if arm in group.arms]
     if not set(shown) - {BASE}:
         return ""
     heads = ["arm", "accuracy, %", "against vanilla", "top-5, %", "ECE, %", "time", "memory", "seeds"]
     rows = [[names[arm], *row(group, arm)] for arm in shown]
-    if rival in group.arms:
-        heads.insert(3, f"{rival} against it")
+    for column, rival in enumerate((rival for rival in rivals if rival in group.arms), start=3):
+        heads.insert(column, f"{rivals[rival]} against it")
         for arm, cells in zip(shown, rows, strict=True):
-            cells.insert(3, gain(group.scores(rival), group.scores(arm)) if arm not in (BASE, rival) else "")
+            cells.insert(column, gain(group.scores(rival), group.scores(arm)) if arm not in (BASE, rival) else "")
     return markdown(heads, rows)
 
 

@@ -94,6 +94,17 @@ def test_row_holds_mean_deviation_and_paired_difference(read):
     assert base == ["vanilla", "32.00 ± 2.83", "", "80.0", "5.0", "", "", "2"]
 
 
+def test_gains_of_sfr_over_each_peer_stand_beside_it_for_both_label_terms(read):
+    scores = {"vanilla": 0.30, "ps-kd": 0.31, "sfr": 0.33, report.PAST: 0.36}
+    [group] = read(*(record(arm, 0, score) for arm, score in scores.items()))
+    peers = report.section(group).partition("### Peers")[2].partition("###")[0]
+    [heads] = rows(peers, "arm")
+    assert heads[3:5] == ["sfr against it", "sfr with past predictions against it"]
+    assert rows(peers, "PS-KD")[0][3:5] == ["+2.00", "+5.00"]
+    assert rows(peers, "**sfr**")[0][3:5] == ["", "+3.00"]
+    assert rows(peers, "vanilla")[0][3:5] == ["", ""]
+
+
 def test_difference_is_over_the_seeds_that_both_have(read):
     [group] = read(*scored("vanilla", {0: 0.30, 1: 0.34, 7: 0.1}), *scored("sfr", {0: 0.33, 1: 0.35, 5: 0.9}))
     [row] = rows(report.readme_part([group]), "**sfr**")
