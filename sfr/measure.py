@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 import weakref
@@ -38,6 +39,8 @@ def compare_steps(
 ) -> dict[str, StepCost]:
     """Run several kinds of step in turn, so that a noisy machine disturbs all alike.
 
+    Every round has another order, for what a step leaves in the caches decides how fast the next one starts.
+
     Args:
         steps: what to run, by name.
         device: where the steps compute; an accelerator is waited for before a clock is read.
@@ -52,8 +55,9 @@ def compare_steps(
             step()
     peaks = {name: peak_memory(step, device) for name, step in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    order = random.Random(0)
     for _ in range(repeats):
-        for name, step in steps.items():
+        for name, step in order.sample(list(steps.items()), len(steps)):
             wait_for(device)
             start = time.perf_counter()
             step()
