@@ -291,7 +291,7 @@ def points(group: Group) -> list[Point]:
     """Return what is plotted: every named arm whose cost is known, its time and its paired gains over vanilla."""
     gains = {arm: differences(group.scores(arm), group.scores(BASE)) for arm in group.costs if arm in NAMES}
     return [
-        Point(named(arm).strip("*"), group.costs[arm]["time_ratio"], paired, ours=arm.startswith(OURS))
+        Point(named(arm).replace("**", ""), group.costs[arm]["time_ratio"], paired, ours=arm.startswith(OURS))
         for arm, paired in gains.items()
         if paired and arm != BASE
     ]
