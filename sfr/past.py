@@ -103,7 +103,7 @@ def _rows_of_all_ranks(*tensors: Tensor) -> list[Tensor]:
         return parts
 
     own = torch.tensor([len(tensors[0])], device=tensors[0].device)
-    counts = [int(count) for count in gathered(own)]
+    counts = torch.cat(gathered(own)).tolist()  # the host waits once, however many ranks there are
     result = []
     for tensor in tensors:
         padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
