@@ -99,6 +99,12 @@ SCANNED_LABELS = (
     "sfr@alpha=0,alpha_end=0.8,alpha_steps=3900",
 )
 SCANNED_ONCE = (
+    "sfr@pairs=adjacent,smoothing=none",
+    "sfr@marginals=cross,smoothing=none",
+    "sfr@solver=proximal,smoothing=none",
+    "sfr@warmup=390,smoothing=none",
+    "sfr@stages=layer..2.bn2,smoothing=none",
+    "sfr-slow@decay=0.99,smoothing=none",
     "sfr@cost=correlation,smoothing=none",
     "sfr@weight=1,cost=correlation,smoothing=none",
     "sfr@smoothing=past,alpha=0.8",

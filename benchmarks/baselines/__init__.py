@@ -14,6 +14,7 @@ from baselines.label_smoothing import LabelSmoothing
 from baselines.online_label_smoothing import OnlineLabelSmoothing
 from baselines.ps_kd import Progressive
 from baselines.self_feature import SelfFeature
+from baselines.slow_supervisor import SlowSupervisor
 from baselines.tf_kd import VirtualTeacher
 from baselines.tfd import TeacherFreeFeatureDistillation
 from baselines.vanilla_longer import VanillaLonger
@@ -32,6 +33,7 @@ METHODS: dict[str, type[Arm]] = {
     "cutmix": CutMix,
     "sfr": SelfFeature,
     "sfr-cutmix": SelfFeatureCutMix,
+    "sfr-slow": SlowSupervisor,
 }
 
 

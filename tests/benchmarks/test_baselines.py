@@ -395,6 +395,47 @@ def test_sfr_cutmix_is_sfr_on_mixed_images(task: Task) -> None:
     assert loss != pytest.approx(F.cross_entropy(logits_of(task, batch()), task.labels[batch()]).item())
 
 
+# A slow supervisor
+
+
+def test_the_slow_supervisor_is_the_feature_term_between_the_network_and_its_average(task: Task) -> None:
+    same, slow = (copy.deepcopy(task.model) for _ in range(2))
+    arm = build_arm("sfr-slow@decay=0.75,weight=0.5,smoothing=none", task)
+    with_itself = build_arm("sfr@weight=0.5,smoothing=none", replace(task, model=same))
+    assert arm(batch()).item() == pytest.approx(with_itself(batch()).item())  # before any step the two are the same
+    with torch.no_grad():
+        for own, average in zip(task.model.parameters(), slow.parameters(), strict=True):
+            own.mul_(2)
+            average.lerp_(own, 1 - 2 / 11)  # the second step: the average is young and follows fast
+    maps = [net.maps(task.images(batch())) for net in (task.model, slow)]
+    terms = []
+    for i, j in combinations(range(3), 2):
+        shallow, deep = maps[0][i], maps[1][j].detach()
+        size, channels = min(deep.shape[2], 4), shallow.shape[1]
+        nodes = [F.adaptive_avg_pool2d(feature, size).flatten(2).transpose(1, 2) for feature in (shallow, deep)]
+        terms.append(sfr.emd_l2(nodes[0], nodes[1].unflatten(2, (-1, channels)).mean(dim=2)))
+    plain = F.cross_entropy(task.model(task.images(batch())), task.labels[batch()])
+    expected = plain + 0.5 * torch.stack(terms).mean()
+    loss = arm(batch())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    expected_gradients = gradients(expected, task.model)
+    for name, gradient in gradients(loss, task.model).items():
+        torch.testing.assert_close(gradient, expected_gradients[name])
+    assert all(parameter.grad is None for parameter in arm.average.parameters())
+
+
+def test_the_average_keeps_its_pace_once_it_is_old(task: Task) -> None:
+    arm = build_arm("sfr-slow@decay=0.5", task)
+    arm.steps += 100
+    before = [parameter.clone() for parameter in arm.average.parameters()]
+    with torch.no_grad():
+        for parameter in task.model.parameters():
+            parameter.add_(1)
+    arm(batch())
+    for old, new in zip(before, arm.average.parameters(), strict=True):
+        torch.testing.assert_close(new, old + 0.5)
+
+
 # In the harness
 
 
