@@ -22,7 +22,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import cycle
 from pathlib import Path
@@ -30,11 +30,12 @@ from typing import Any
 
 import torch
 from accuracy import CACHE, KEEP_MEMORY, RESULTS, SCHEDULES, known_arm
-from baselines import METHODS
 from cell import Cell, CellRun
 from cifar_data import IMAGE_SIZE, SOURCES, Labelled
+from groups import Group, read_groups
 from images import Parts, load_parts
 from overhead import environment
+from report import LADDER, PEERS, comparable
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from whole_file import replace_file
@@ -49,11 +50,12 @@ def main() -> None:
     args = parse_arguments()
     set_up_as_a_cell(args.device)
     device, schedule = torch.device(args.device), SCHEDULES[args.schedule]
+    arms = args.arms or compared_arms(read_groups(RESULTS), args.model, args.dataset, schedule.image_size)
     if args.data_dir:
         parts = load_parts(args.dataset, args.data_dir, CACHE, "test")
     else:
         parts = random_parts(SOURCES[args.dataset].num_classes, schedule.per_class or 500)
-    cells = [Cell(arm, 0, "test", args.schedule, args.model, args.dataset) for arm in dict.fromkeys([BASE, *args.arms])]
+    cells = [Cell(arm, 0, "test", args.schedule, args.model, args.dataset) for arm in dict.fromkeys([BASE, *arms])]
     runs = {cell.arm: CellRun(cell, schedule, parts, device) for cell in cells}
     names = ("model", "dataset", "repeats", "train_steps")
     record = {
@@ -68,6 +70,16 @@ def main() -> None:
     measured[f"{args.schedule}-{args.dataset}-{args.model}"] = record
     args.output.parent.mkdir(parents=True, exist_ok=True)
     replace_file(args.output, lambda path: path.write_text(json.dumps(measured, indent=1) + "\n"))
+
+
+def compared_arms(groups: Sequence[Group], model: str, dataset: str, image_size: int) -> list[str]:
+    """Return the arms that the tables of such images name, and those that have cells besides."""
+
+    def kind(group: Group) -> tuple[str, str, int]:
+        return group.cell["model"], group.cell["dataset"], group.schedule["image_size"]
+
+    found = [arm for group in groups if kind(group) == (model, dataset, image_size) for arm in group.arms]
+    return list(dict.fromkeys([*comparable([*PEERS, *LADDER], image_size), *found]))
 
 
 def set_up_as_a_cell(device: str) -> None:
@@ -136,7 +148,7 @@ def random_parts(num_classes: int, per_class: int) -> Parts:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--arms", nargs="+", default=list(METHODS), type=known_arm, help='as in "sfr@weight=0.2,pairs=last"')
+    add("--arms", nargs="+", type=known_arm, help="default: all that the tables name or that have cells")
     add("--schedule", choices=SCHEDULES, default="tenth", help="sets size of the images, batch and augmentation")
     add("--model", default="resnet20", help="as in examples/train_cifar.py")
     add("--dataset", choices=["cifar100", "cifar10"], default="cifar100")

@@ -6,6 +6,7 @@ import arm_costs
 import pytest
 import torch
 from cell import Cell, CellRun, Schedule
+from groups import Group
 
 from sfr.measure import StepCost
 
@@ -32,6 +33,19 @@ def _fixed_times(monkeypatch):
 
     monkeypatch.setattr(arm_costs, "compare_steps", compare)
     monkeypatch.setattr(arm_costs, "seconds_between_epochs", lambda run: 10.0 * (run.cell.arm == "sfr"))
+
+
+def test_by_default_all_arms_of_the_tables_are_measured_and_those_with_cells_of_such_images():
+    def group(arm: str, image_size: int) -> Group:
+        cell = {"arm": arm, "seed": 0, "model": "resnet20", "dataset": "cifar100"}
+        return Group([{"cell": cell, "schedule": {"image_size": image_size}}], {})
+
+    groups = [group("sfr@weight=7", 16), group("sfr@weight=8", 32), group("vanilla", 16)]
+    arms = arm_costs.compared_arms(groups, "resnet20", "cifar100", 16)
+    assert {"vanilla", "byot", "sfr@weight=0", "sfr@weight=7", "vanilla-longer@factor=1.1"} <= set(arms)
+    assert not {"sfr@weight=8", "vanilla-longer@factor=1.02"} & set(arms)
+    assert len(arms) == len(set(arms))
+    assert "sfr@weight=7" not in arm_costs.compared_arms(groups, "resnet18", "cifar100", 16)
 
 
 @pytest.mark.usefixtures("_fixed_times")

@@ -474,6 +474,24 @@ def test_a_run_that_is_stopped_and_resumed_ends_as_one_that_was_not(arm: str, pa
         assert torch.equal(value, again[key]), key
 
 
+@pytest.mark.parametrize("arm", ["byot", "tfd", "sfr", "sfr-slow"])  # those that look into the network
+def test_a_compiled_network_as_on_a_gpu_trains_like_a_plain_one_and_in_one_graph(arm: str, parts: Parts) -> None:
+    torch._dynamo.reset()
+    plain, compiled, graphs = cell_run(arm, parts), cell_run(arm, parts), []
+
+    def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled.model.compile(backend=keep)
+    for run in (plain, compiled):
+        run.train_epoch()
+    assert compiled.curve == plain.curve
+    assert len(graphs) == 1
+    theirs = compiled.model.state_dict()
+    assert all(torch.equal(value, theirs[key]) for key, value in plain.model.state_dict().items())
+
+
 @pytest.mark.parametrize("arm", METHODS)
 def test_all_arms_start_from_the_same_weights_and_see_the_images_in_the_same_order(arm: str, parts: Parts) -> None:
     run, vanilla = cell_run(arm, parts), cell_run("vanilla", parts)
