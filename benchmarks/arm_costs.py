@@ -43,6 +43,9 @@ from whole_file import replace_file
 from sfr.measure import compare_steps, wait_for
 
 BASE = "vanilla"
+# Of torch.compile, where many arms share a process: code compiled for one network does not fit those of other hooks,
+# and must never be given up silently for there being too much of it.
+COMPILER = {"skip_nnmodule_hook_guards": False, "recompile_limit": 64, "fail_on_recompile_limit_hit": True}
 
 
 def main() -> None:
@@ -57,14 +60,16 @@ def main() -> None:
         parts = random_parts(SOURCES[args.dataset].num_classes, schedule.per_class or 500)
     cells = [Cell(arm, 0, "test", args.schedule, args.model, args.dataset) for arm in dict.fromkeys([BASE, *arms])]
     runs = {cell.arm: CellRun(cell, schedule, parts, device) for cell in cells}
+    with torch._dynamo.config.patch(COMPILER):
+        costs = measure(runs, args.repeats, args.train_steps)
     names = ("model", "dataset", "repeats", "train_steps")
     record = {
         "environment": environment(device),
         "settings": {name: getattr(args, name) for name in names} | {"images": "real" if args.data_dir else "random"},
         "schedule": asdict(schedule),
-        "arms": measure(runs, args.repeats, args.train_steps),
+        "arms": costs,
     }
-    for arm, cost in record["arms"].items():
+    for arm, cost in costs.items():
         print(f"{arm}: {cost['time_ratio']:.3f}x time, {cost['memory_ratio']:.3f}x memory")
     measured = json.loads(args.output.read_text()) if args.output.exists() else {}
     measured[f"{args.schedule}-{args.dataset}-{args.model}"] = record

@@ -88,8 +88,9 @@ class Recorder:
             self.features = {}
             raise RuntimeError(
                 f"stage(s) {silent} did not fire in this forward: the module was skipped, replaced after wrapping, its "
-                "parent calls its parts or .forward() itself, or it was compiled and run before it was wrapped. Leave "
-                "it out of stages=[...], wrap after the change, or call torch.compiler.reset() after wrapping."
+                "parent calls its parts or .forward() itself, or the model was compiled before it was wrapped and it, "
+                "or another of its class, had run. Leave it out of stages=[...], wrap after the change, or wrap first "
+                "and compile then (torch.compiler.reset() forgets what has run)."
             )
 
     def abort(self) -> None:

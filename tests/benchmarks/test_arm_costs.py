@@ -91,3 +91,18 @@ def test_real_steps_are_measured(run_of):
     costs = arm_costs.measure({arm: run_of(arm) for arm in ("vanilla", "sfr")}, repeats=3, train_steps=1)
     assert len(costs["sfr"]["all_step_seconds"]) == 3
     assert costs["sfr"]["memory_ratio"] > 1
+
+
+def test_networks_compiled_in_one_process_as_on_a_gpu_train_like_plain_ones(run_of):
+    arms, losses = ("vanilla", "byot", "tfd", "sfr", "sfr@weight=0"), []
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(arm_costs.COMPILER):
+        for compiled in (False, True):
+            torch.manual_seed(0)  # of the images
+            runs = {arm: run_of(arm) for arm in arms}
+            for run in runs.values():
+                if compiled:
+                    run.model.compile(backend="eager")
+            steps = {arm: arm_costs.endless(run) for arm, run in runs.items()}
+            losses.append({arm: [step().item() for _ in range(3)] for arm, step in steps.items()})
+    assert losses[0] == losses[1]

@@ -126,10 +126,24 @@ def test_stages_of_a_model_that_has_run_compiled_are_an_error_that_says_what_to_
         net(batch[0])
     model = sfr.SFRWrapper(net, stages=STAGES)
     model(batch[0])  # is watched, and runs eagerly
-    with pytest.raises(RuntimeError, match=r"compiled and run before it was wrapped.*torch\.compiler\.reset\(\)"):
+    with pytest.raises(RuntimeError, match=r"compiled before it was wrapped and.* run.*torch\.compiler\.reset\(\)"):
         model(batch[0])
     torch.compiler.reset()
     torch.testing.assert_close(train(model, sfr.SFRLoss(model), batch, steps=1)[0], feature)
+
+
+def test_a_compiled_control_of_the_same_class_beside_it_asks_for_wrapping_first(net, batch, feature):
+    control, compiled_first = (compiled(copy.deepcopy(net)) for _ in range(2))
+    control(batch[0])
+    model = sfr.SFRWrapper(compiled_first, stages=STAGES)
+    model(batch[0])
+    with pytest.raises(RuntimeError, match=r"another of its class, had run.*wrap first and compile then"):
+        model(batch[0])
+    model = sfr.SFRWrapper(net, stages=STAGES)
+    criterion, model = sfr.SFRLoss(model), compiled(model)
+    for _ in range(2):
+        torch.testing.assert_close(train(model, criterion, batch, steps=2), torch.stack([feature, feature]))
+        torch.testing.assert_close(control(batch[0]), model(batch[0]))
 
 
 @pytest.mark.parametrize("model_too", [False, True], ids=["criterion", "model and criterion"])
