@@ -24,21 +24,20 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import set_seed
 from cifar_data import SOURCES, Labelled, Splits, load_splits
 from cifar_models import build_model
+from epoch_run import EpochTrainer, build_accelerator, run_epochs
 from frozen_features import knn_accuracy, linear_accuracy
-from run_folder import Record, RunFolder
+from run_folder import Record
 from torch import Tensor, nn
 from torch.optim import Adam
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.v2.functional import normalize
-from tqdm.auto import tqdm
-from train_cifar import build_accelerator, check_batch_size, describe, positive
+from train_cifar import positive
 from two_views import augment
 
 from sfr.pretrain import DoGoLoss, TwoViewNetwork
 
 NAMES = ("first", "second")
 CURVE_IMAGES = 2000  # for the curve only: at most so many training and test images
-SHOW_LOSS_EVERY = 10  # steps, because reading a loss makes the device wait
 DEFAULTS: dict[str, dict[str, Any]] = {
     # 8x8 digits lose nothing in views of 16x16, but much of their strokes in small crops.
     "digits": {"epochs": 10, "batch_size": 128, "image_size": 16, "smallest_crop": 0.5},
@@ -51,44 +50,21 @@ def main(argv: Sequence[str] | None = None) -> "PairTrainer":
     """Pre-train as the command line `argv` says; return the trainer, which holds networks and data."""
     args = parse_arguments(argv)
     accelerator = build_accelerator(args)
-    config = run_config(args, accelerator)
-    folder = RunFolder(args.output_dir)
-    epochs_done = folder.check(config, args.resume)
-    with accelerator.local_main_process_first():  # it downloads, the others read its cache
-        splits = load_splits(args.dataset, args.data_dir, args.limit)
-    trainer = PairTrainer(args, accelerator, splits)
-    if args.resume:
-        accelerator.load_state(str(folder.last_checkpoint()))
-        accelerator.print(f"resuming after epoch {epochs_done}")
 
-    accelerator.wait_for_everyone()  # every process has checked the folder as it was
-    if accelerator.is_main_process:
-        folder.start(config, epochs_done)
-    accelerator.init_trackers("dogo", {name: str(value) for name, value in config.items()})
-    announce(accelerator, config, splits, trainer, folder)
+    def load() -> Splits:
+        return load_splits(args.dataset, args.data_dir, args.limit)
 
-    for epoch in range(epochs_done + 1, args.epochs + 1):
-        record = {"epoch": epoch, **trainer.train_epoch(epoch), **trainer.evaluate_curve()}
-        accelerator.print(describe(record))
-        accelerator.log(record, step=epoch)
-        if accelerator.is_main_process:
-            folder.append(record)
-        folder.save_checkpoint(accelerator, epoch)
-
-    result = trainer.evaluate()
-    if accelerator.is_main_process:
-        folder.finish(trainer.weights(), {**folder.history()[-1], **result})
-    accelerator.print(f"after the last epoch: {describe(result)}\nwrote {folder.path}")
+    trainer = run_epochs(PairTrainer, load, args, accelerator, {})
     accelerator.end_training()
     return trainer
 
 
-class PairTrainer:
+class PairTrainer(EpochTrainer):
     """Two networks, an optimizer and views for each, prepared for the devices of this run."""
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator, splits: Splits) -> None:
-        check_batch_size(args.batch_size, accelerator.num_processes, len(splits.train))
-        self.args, self.accelerator, self.source = args, accelerator, SOURCES[args.dataset]
+        super().__init__(args, accelerator, splits)
+        self.args, self.source, self.last_epoch = args, SOURCES[args.dataset], args.epochs
         parts = splits.train.data, splits.test.data
         self.train_loader = self._loader(parts[0], shuffle=True)
         self.loaders = [self._loader(part, shuffle=False) for part in parts]
@@ -116,22 +92,11 @@ class PairTrainer:
 
     def train_epoch(self, epoch: int) -> Record:
         """Train both networks for one epoch; return the means of the parts of their losses."""
-        self.train_loader.set_epoch(epoch)  # the order of the images depends on seed and epoch only
-        for network in self.networks:
-            network.train()
-        steps = len(self.train_loader)
-        totals: dict[str, Tensor] = {}
-        with self._progress_bar(epoch, steps) as bar:
-            for step, (pixels, _) in enumerate(self.train_loader, start=1):
-                for name, part in self._step(pixels).items():
-                    totals[name] = totals[name] + part if name in totals else part
-                bar.update(self.args.batch_size)
-                if step % SHOW_LOSS_EVERY == 0:
-                    bar.set_postfix({name: f"{total / step:.3f}" for name, total in totals.items()})
-        self._average_buffers()
-        return {name: (total / steps).item() for name, total in totals.items()}
+        parts = self.train_steps(epoch, len(self.train_loader))
+        return {name: part.item() for name, part in parts.items()}
 
-    def _step(self, pixels: Tensor) -> dict[str, Tensor]:
+    def _step(self, *batch: Tensor) -> dict[str, Tensor]:
+        pixels, _ = batch
         embeddings = [network(self._view(pixels), self._view(pixels)) for network in self.networks]
         if self.args.method == "dogo":
             losses = self.criterion(*embeddings)
@@ -149,21 +114,11 @@ class PairTrainer:
         view = augment(pixels / 255, self.args.image_size, self.args.smallest_crop, self.source.flip)
         return normalize(view, list(self.source.mean), list(self.source.std))
 
-    def _progress_bar(self, epoch: int, steps: int) -> "tqdm[None]":
-        return tqdm(
-            desc=f"epoch {epoch}/{self.args.epochs}",
-            total=steps * self.args.batch_size,
-            unit=" images",
-            leave=False,
-            mininterval=1.0,
-            disable=not self.accelerator.is_main_process,
-        )
-
-    def _average_buffers(self) -> None:
-        """Each process has seen its own part of the batches: make their BatchNorm statistics one."""
-        for buffer in (buffer for network in self.networks for buffer in network.buffers()):
-            if buffer.is_floating_point():
-                buffer.copy_(self.accelerator.reduce(buffer, "mean"))
+    def description(self) -> str:
+        """The two networks, the objective and the size of the views."""
+        sizes = (sum(parameter.numel() for parameter in network.parameters()) for network in self.networks)
+        pair = (f"{name} ({size:,} parameters)" for name, size in zip(self.args.models, sizes, strict=True))
+        return f"{' and '.join(pair)}, {self.args.objective} on views of {self.args.image_size}x{self.args.image_size}"
 
     def evaluate_curve(self) -> Record:
         """Nearest-neighbour accuracy on some of the images."""
@@ -173,7 +128,7 @@ class PairTrainer:
             result[f"{name}_knn_accuracy"] = knn_accuracy(*train, *test)
         return result
 
-    def evaluate(self) -> Record:
+    def evaluate_end(self) -> Record:
         """Nearest-neighbour and linear accuracy of both encoders on all images."""
         result: Record = {}
         for name, network in self.named():
@@ -203,28 +158,6 @@ class PairTrainer:
         """Both networks in one state dict: `first.encoder...`, `second.encoder...`."""
         pair = {name: self.accelerator.unwrap_model(network) for name, network in self.named()}
         return nn.ModuleDict(pair).state_dict()
-
-
-def run_config(args: argparse.Namespace, accelerator: Accelerator) -> Record:
-    """Everything that decides the result of a run, and nothing else: see `--resume`."""
-    elsewhere = ("data_dir", "output_dir", "resume", "tracker")
-    return {
-        **{name: value for name, value in vars(args).items() if name not in elsewhere},
-        "processes": accelerator.num_processes,
-        "device": accelerator.device.type,
-        "precision": accelerator.mixed_precision,
-    }
-
-
-def announce(accelerator: Accelerator, config: Record, splits: Splits, trainer: PairTrainer, folder: RunFolder) -> None:
-    sizes = (sum(parameter.numel() for parameter in network.parameters()) for network in trainer.networks)
-    pair = " and ".join(f"{name} ({size:,} parameters)" for name, size in zip(config["models"], sizes, strict=True))
-    accelerator.print(
-        f"processes {config['processes']}, device {config['device']}, precision {config['precision']}\n"
-        f"{config['dataset']}: {len(splits.train)} training images, {len(splits.test)} test images, "
-        f"views of {config['image_size']}x{config['image_size']}\n"
-        f"{pair}\nmethod {config['method']}, {config['objective']}, {config['epochs']} epochs, into {folder.path}"
-    )
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -21,11 +21,12 @@ import torchvision
 from accelerate import DistributedDataParallelKwargs
 from cifar_data import IMAGE_SIZE, SOURCES
 from cifar_models import build_model, torchvision_names
+from epoch_run import build_accelerator
 from matplotlib.figure import Figure
 from run_folder import Record
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from train_cifar import Trainer, build_accelerator, fraction, positive, train
+from train_cifar import Trainer, fraction, positive, train
 from train_cifar import parse_arguments as parse_train_cifar
 
 from sfr.pretrain import Alignment, KDEPLoss, PooledFeatures, fit_alignment, power_temperature_scaling

@@ -19,27 +19,24 @@ import ast
 import math
 import time
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import KwargsHandler, set_seed
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from accelerate.utils import set_seed
 from cifar_data import IMAGE_SIZE, SOURCES, ImageSet, Splits, load_splits
 from cifar_metrics import ClassificationMetric
 from cifar_models import build_model
+from epoch_run import EpochTrainer, build_accelerator, run_epochs
 from learning_rate import warmup_then_cosine
-from run_folder import Record, RunFolder
+from run_folder import Record
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, StackDataset
-from tqdm.auto import tqdm
 
 import sfr
-
-SHOW_LOSS_EVERY = 10  # steps, because reading a loss makes the device wait
 
 
 def main(argv: Sequence[str] | None = None) -> nn.Module:
@@ -53,45 +50,21 @@ def main(argv: Sequence[str] | None = None) -> nn.Module:
 
 def train(args: argparse.Namespace, accelerator: Accelerator, trainer_class: "type[Trainer]") -> nn.Module:
     """Go through one whole run, from its data set to its folder; return the trained, plain model."""
-    config = run_config(args, accelerator)
-    folder = RunFolder(args.output_dir)
-    epochs_done = folder.check(config, args.resume)
-    with accelerator.local_main_process_first():  # it downloads, the others read its cache
-        splits = load_splits(args.dataset, args.data_dir, args.limit, args.val_fraction)
-    trainer = trainer_class(args, accelerator, splits)
-    if args.resume:
-        accelerator.load_state(str(folder.last_checkpoint()))
-        accelerator.print(f"resuming after epoch {epochs_done}")
 
-    accelerator.wait_for_everyone()  # every process has checked the folder as it was
-    if accelerator.is_main_process:
-        folder.start(config, epochs_done)
-    accelerator.init_trackers("sfr", {name: str(value) for name, value in config.items()})
-    announce(accelerator, config, splits, trainer.model, folder)
+    def load() -> Splits:
+        return load_splits(args.dataset, args.data_dir, args.limit, args.val_fraction)
 
-    for epoch in range(epochs_done + 1, trainer.last_epoch + 1):
-        record = {"epoch": epoch, **trainer.train_epoch(epoch), **trainer.evaluate_curve()}
-        accelerator.print(describe(record))
-        accelerator.log(record, step=epoch)
-        if accelerator.is_main_process:
-            folder.append(record)
-        folder.save_checkpoint(accelerator, epoch)
-
-    test = trainer.evaluate(trainer.test_loader, "test")
-    weights = trainer.weights()
-    if accelerator.is_main_process:
-        folder.finish(weights, {**folder.history()[-1], **test})
-    accelerator.print(f"after the last epoch: {describe(test)}\nwrote {folder.path}")
+    trainer = run_epochs(trainer_class, load, args, accelerator, {"sfr": sfr_settings(args)})
     model = accelerator.unwrap_model(trainer.model)
     return model.unwrap() if isinstance(model, sfr.SFRWrapper) else model
 
 
-class Trainer:
+class Trainer(EpochTrainer):
     """What a training step needs, prepared for the devices of this run."""
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator, splits: Splits) -> None:
-        check_batch_size(args.batch_size, accelerator.num_processes, len(splits.train))
-        self.accelerator = accelerator
+        super().__init__(args, accelerator, splits)
+        self.model_name: str = args.model
         self.train_loader = self._loader(splits.train, args, shuffle=True)
         self.test_loader = self._loader(splits.test, args, shuffle=False)
         self.curve_loader, self.curve_part = self.test_loader, "test"
@@ -103,7 +76,6 @@ class Trainer:
         whole_run = args.epochs * self.steps_per_epoch
         self.total_steps = min(whole_run, args.max_steps or whole_run)
         self.last_epoch = math.ceil(self.total_steps / self.steps_per_epoch)
-        self.batch_size: int = args.batch_size
 
         set_seed(args.seed)  # the same initial weights in all processes ...
         model, self.criterion = self._build(args)
@@ -112,6 +84,7 @@ class Trainer:
         self.model, self.optimizer, self.schedule = accelerator.prepare(
             model, optimizer, warmup_then_cosine(optimizer, whole_run)
         )
+        self.networks = [self.model]
         accelerator.register_for_checkpointing(self.criterion)
 
     def _build(self, args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
@@ -133,26 +106,14 @@ class Trainer:
 
     def train_epoch(self, epoch: int) -> Record:
         """Train for one epoch, or for as much of it as `--max-steps` leaves."""
-        self.train_loader.set_epoch(epoch)  # the order of the images depends on seed and epoch only
-        self.model.train()
         steps_before = (epoch - 1) * self.steps_per_epoch
         steps = min(self.steps_per_epoch, self.total_steps - steps_before)
         lr = self.schedule.get_last_lr()[0]
-        totals: dict[str, Tensor] = {}
         start = time.perf_counter()
-        with self._progress_bar(epoch, steps) as bar:
-            for step, batch in enumerate(islice(self.train_loader, steps), start=1):
-                for name, part in self._step(*batch).items():
-                    totals[name] = totals[name] + part if name in totals else part
-                bar.update(self.batch_size)
-                if step % SHOW_LOSS_EVERY == 0:
-                    bar.set_postfix({name: f"{total / step:.3f}" for name, total in totals.items()})
+        parts = self.train_steps(epoch, steps)
         if isinstance(self.criterion, sfr.SFRLoss) and self.criterion.config.update == "epoch":
             self.criterion.end_epoch()
-        self._average_buffers()
-        means = {
-            f"train_{name}": self.accelerator.reduce(total / steps, "mean").item() for name, total in totals.items()
-        }
+        means = {f"train_{name}": self.accelerator.reduce(part, "mean").item() for name, part in parts.items()}
         seconds = time.perf_counter() - start
         return {
             "step": steps_before + steps,
@@ -162,8 +123,8 @@ class Trainer:
             "images_per_second": round(steps * self.batch_size / seconds, 1),
         }
 
-    def _step(self, images: Tensor, labels: Tensor, index: Tensor) -> dict[str, Tensor]:
-        loss = self._loss(images, labels, index)
+    def _step(self, *batch: Tensor) -> dict[str, Tensor]:
+        loss = self._loss(*batch)
         self.accelerator.backward(loss)
         self.optimizer.step()
         self.schedule.step()
@@ -178,29 +139,20 @@ class Trainer:
         numbers = {"index": index} if isinstance(self.criterion, sfr.SFRLoss) else {}  # for smoothing=past
         return self.criterion(self.model(images), labels, **numbers)
 
-    def _progress_bar(self, epoch: int, steps: int) -> "tqdm[None]":
-        return tqdm(
-            desc=f"epoch {epoch}/{self.last_epoch}",
-            total=steps * self.batch_size,
-            unit=" images",
-            leave=False,
-            mininterval=1.0,
-            disable=not self.accelerator.is_main_process,
-        )
-
-    def _average_buffers(self) -> None:
-        """Each process has seen its own part of the batches: make their BatchNorm statistics one."""
-        for buffer in self.model.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(self.accelerator.reduce(buffer, "mean"))
-
     def weights(self) -> dict[str, Tensor]:
         """The weights to be kept of the run, gathered from all processes."""
         return self.accelerator.get_state_dict(self.model)
 
+    def description(self) -> str:
+        return f"{self.model_name}: {sum(parameter.numel() for parameter in self.model.parameters()):,} parameters"
+
     def evaluate_curve(self) -> Record:
         """Metrics of the held-out part, or of the test set where nothing is held out."""
         return self.evaluate(self.curve_loader, self.curve_part)
+
+    def evaluate_end(self) -> Record:
+        """Metrics of the test set."""
+        return self.evaluate(self.test_loader, "test")
 
     @torch.no_grad()
     def evaluate(self, loader: Any, part: str) -> Record:
@@ -214,31 +166,12 @@ class Trainer:
         return {f"{part}_{name}": value for name, value in (metric.compute() or {}).items()}
 
 
-def build_accelerator(args: argparse.Namespace, *handlers: KwargsHandler) -> Accelerator:
-    if args.tracker != "none" and args.tracker not in map(str, get_available_trackers()):
-        raise SystemExit(f"--tracker {args.tracker}: its package is not installed")
-    return Accelerator(
-        log_with=None if args.tracker == "none" else args.tracker,
-        project_dir=args.output_dir,
-        kwargs_handlers=list(handlers),
-        dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=args.seed),
-    )
-
-
-def run_config(args: argparse.Namespace, accelerator: Accelerator) -> Record:
-    """Everything that decides the result of a run, and nothing else: see `--resume`."""
+def sfr_settings(args: argparse.Namespace) -> Record | None:
+    """Return all fields of the method's configuration, None for another method."""
     try:
-        method = sfr.SFRConfig(**dict(args.sfr)).to_dict() if args.method == "sfr" else None
+        return sfr.SFRConfig(**dict(args.sfr)).to_dict() if args.method == "sfr" else None
     except (TypeError, ValueError) as error:
         raise SystemExit(f"--sfr: {error}") from error
-    elsewhere = ("data_dir", "output_dir", "resume", "tracker", "sfr")
-    return {
-        **{name: value for name, value in vars(args).items() if name not in elsewhere},
-        "sfr": method,
-        "processes": accelerator.num_processes,
-        "device": accelerator.device.type,
-        "precision": accelerator.mixed_precision,
-    }
 
 
 def build_model_and_criterion(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, nn.Module]:
@@ -268,30 +201,6 @@ def load_backbone(model: nn.Module, file: str) -> None:
     model.load_state_dict(
         {name: own[name] if value.shape != own[name].shape else value for name, value in weights.items()}
     )
-
-
-def check_batch_size(batch_size: int, processes: int, images: int) -> None:
-    if batch_size % processes:
-        raise SystemExit(f"--batch-size {batch_size} cannot be split over {processes} processes")
-    if batch_size > images:
-        raise SystemExit(f"--batch-size {batch_size} is more than the {images} training images")
-
-
-def announce(accelerator: Accelerator, config: Record, splits: Splits, model: nn.Module, folder: RunFolder) -> None:
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    accelerator.print(
-        f"processes {config['processes']}, device {config['device']}, "
-        f"precision {config['precision']}\n"
-        f"{config['dataset']}: {len(splits.train)} training images, "
-        f"{len(splits.validation or ())} held out, {len(splits.test)} test images\n"
-        f"{config['model']}: {parameters:,} parameters\n"
-        f"method {config['method']}, {config['epochs']} epochs, into {folder.path}"
-    )
-
-
-def describe(record: Record) -> str:
-    shown = {name: value for name, value in record.items() if name not in ("step", "lr", "seconds")}
-    return "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

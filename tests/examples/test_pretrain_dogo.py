@@ -32,7 +32,7 @@ def undisturbed(tmp_path_factory):
 def test_run_announces_itself_and_writes_every_artefact(tmp_path, capsys):
     pretrain(tmp_path)
     printed = capsys.readouterr()
-    assert "digits: 40 training images, 40 test images, views of 8x8" in printed.out
+    assert "digits: 40 training images, 0 held out, 40 test images" in printed.out
     assert "after the last epoch: first_knn_accuracy" in printed.out
     assert "images/s" in printed.err
     parts = {f"{part}_{name}_loss" for part in ("ssl", "kl") for name in pretrain_dogo.NAMES}
@@ -59,11 +59,11 @@ def test_a_killed_run_resumes_to_the_weights_of_an_undisturbed_one(tmp_path, mon
     with monkeypatch.context() as patch:
         step, calls = pretrain_dogo.PairTrainer._step, []
 
-        def fatal(self, pixels):
-            calls.append(pixels)
+        def fatal(self, *batch):
+            calls.append(batch)
             if len(calls) == 4:
                 raise Killed
-            return step(self, pixels)
+            return step(self, *batch)
 
         patch.setattr(pretrain_dogo.PairTrainer, "_step", fatal)
         with pytest.raises(Killed):

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 
+import epoch_run
 import numpy as np
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_run_announces_itself_and_writes_every_artefact(tmp_path, capsys):
 
 
 def test_progress_bar_shows_loss_parts_and_images_per_second(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train_cifar, "SHOW_LOSS_EVERY", 1)
+    monkeypatch.setattr(epoch_run, "SHOW_LOSS_EVERY", 1)
     train(tmp_path, "--epochs", "1")
     bar = capsys.readouterr().err
     assert all(part in bar for part in ("images/s", "loss=", "label_loss=", "feature_loss="))
