@@ -82,6 +82,8 @@ SCANNED_SHORT = (
     "sfr@weight=0.05",
     "sfr@weight=0.05,smoothing=none",
     "sfr@weight=0.05,grouping=segments,smoothing=none",
+    "sfr@weight=0.005,smoothing=none",
+    "sfr@weight=0.5,smoothing=none",
     "sfr@weight=1,smoothing=none",
     "sfr@pairs=last,smoothing=none",
     "sfr@cost=cosine,smoothing=none",
@@ -120,6 +122,7 @@ PLANS = {
     "cpu": [
         Round("tenth-16px", "test", range(3), comparable(PEERS, 16)),
         Round("tenth-16px", "test", range(3), tuple(LADDER)),
+        Round("tenth-16px", "test", range(3, 5), ("vanilla", "ps-kd", "byot", "sfr", PAST)),
         Round("noise20-16px", "test", range(3), MAIN),
         Round("noise40-16px", "test", range(3), MAIN),
         Round("full-30-16px", "test", range(3), MAIN),
