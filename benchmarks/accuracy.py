@@ -66,7 +66,7 @@ class Round:
         ]
 
 
-MAIN = ("vanilla", "label-smoothing", "sfr", PAST)
+MAIN = ("vanilla", "label-smoothing", "ps-kd", "sfr", PAST)
 SCANNED = (
     "vanilla",
     "label-smoothing",
@@ -105,6 +105,7 @@ SCANNED_ONCE = (
     "sfr@marginals=cross,smoothing=none",
     "sfr@solver=proximal,smoothing=none",
     "sfr@warmup=390,smoothing=none",
+    "sfr@update=epoch",
     "sfr@stages=layer..2.bn2,smoothing=none",
     "sfr-slow@decay=0.99,smoothing=none",
     "sfr@cost=correlation,smoothing=none",
@@ -129,7 +130,7 @@ PLANS = {
         Round("tenth", "test", range(3), MAIN),
     ],
     "gpu": [
-        Round("full-200", "test", range(3), (*MAIN, "ps-kd"), "resnet18"),
+        Round("full-200", "test", range(3), MAIN, "resnet18"),
         Round("full-200", "test", range(5), comparable(PEERS, 32), "resnet18"),
         Round("full-200", "test", range(3), tuple(LADDER), "resnet18"),
         Round("full-200-autoaugment", "test", range(3), MAIN, "resnet18"),

@@ -37,6 +37,8 @@ LONGER = {32: "vanilla-longer@factor=1.02", 16: "vanilla-longer@factor=1.1"}
 RIVALS = {OURS: "sfr", PAST: "sfr with past predictions"}
 PEERS = {
     BASE: "vanilla",
+    LONGER[32]: "vanilla, 2 % longer",
+    LONGER[16]: "vanilla, 10 % longer",
     "label-smoothing": "label smoothing 0.1",
     "online-label-smoothing": "online label smoothing",
     "tf-kd-reg": "Tf-KD_reg",
@@ -46,8 +48,6 @@ PEERS = {
     "byot": "BYOT",
     "tfd": "TFD",
     "cutmix": "CutMix",
-    LONGER[32]: "vanilla, 2 % longer",
-    LONGER[16]: "vanilla, 10 % longer",
     OURS: "**sfr**",
     PAST: "**sfr**, past predictions",
     "sfr-cutmix@smoothing=none": "**sfr's features + CutMix**",
@@ -67,12 +67,8 @@ LADDER = {
     "sfr-cutmix@smoothing=none": "**sfr's features + CutMix**",
     "sfr-cutmix": "**sfr + CutMix**",
 }
-# Of which the README shows the test part.
-MAIN_SCHEDULES = ("tenth", "tenth-16px", "full-30", "full-30-16px", "full-200")
-MAIN_ARMS = (
-    *(BASE, *LONGER.values(), "label-smoothing", "tfd", "byot", "cs-kd", "ps-kd"),
-    *(OURS, PAST, "cutmix", "sfr-cutmix@smoothing=none"),
-)
+# Of which the README shows the test part, in this order.
+MAIN_SCHEDULES = ("full-200", "tenth", "tenth-16px", "full-30", "full-30-16px")
 NAMES = LADDER | PEERS
 SEVERITIES = ("1", "3", "5")
 
@@ -124,9 +120,8 @@ def inserted(page: Path, generated: str) -> str:
 
 
 def readme_part(groups: Sequence[Group]) -> str:
-    main_groups = [group for group in groups if is_main(group)]
-    names = {arm: named(arm) for arm in MAIN_ARMS}
-    parts = [part for group in main_groups for part in (facts(group), arms_table(group, names), not_run(group))]
+    shown = sorted(filter(is_main, groups), key=lambda group: MAIN_SCHEDULES.index(group.cell["schedule"]))
+    parts = [part for group in shown for part in (facts(group), arms_table(group, PEERS), not_run(group))]
     return "\n\n".join(filter(None, [LEGEND, *parts])) if parts else NOTHING_YET
 
 
@@ -240,8 +235,8 @@ def in_percent(scores: Scores) -> str:
 
 
 def not_run(group: Group) -> str:
-    """Name the main arms without a cell; on the held-out part choices are made, and not all arms belong there."""
-    missing = [named(arm) for arm in comparable(MAIN_ARMS, group.schedule["image_size"]) if arm not in group.arms]
+    """Name the peers without a cell; on the held-out part choices are made, and not all arms belong there."""
+    missing = [named(arm) for arm in comparable(PEERS, group.schedule["image_size"]) if arm not in group.arms]
     return f"Not run: {', '.join(missing)}." if missing and group.is_test else ""
 
 

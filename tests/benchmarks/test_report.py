@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -180,17 +181,30 @@ def test_every_arm_has_a_row_and_variants_are_sorted_with_what_they_are_compared
     assert shown == ["sfr@pairs=last", "sfr", "sfr@weight=0", "vanilla", "ps-kd@alpha=0.5"]
 
 
-def test_main_arms_without_a_cell_are_named_and_have_no_row(read):
-    cells = [record(arm, 0, 0.3) for arm in report.MAIN_ARMS if arm not in ("byot", "ps-kd")]
+def test_peers_without_a_cell_are_named_and_have_no_row(read):
+    cells = [record(arm, 0, 0.3) for arm in report.PEERS if arm not in ("byot", "ps-kd")]
     text = report.readme_part(read(*cells))
-    assert "Not run: BYOT, PS-KD." in text
+    assert "Not run: PS-KD, BYOT." in text
     assert not rows(text, "BYOT")
     assert "Not run" not in report.readme_part(read(*cells, record("byot", 0, 0.3), record("ps-kd", 0, 0.3)))
 
 
+def test_the_readme_shows_the_tests_of_the_main_schedules_and_the_long_run_first(read):
+    kinds = [
+        ("full-30", "test"),
+        ("tenth", "test"),
+        ("full-200", "test"),
+        ("noise20-16px", "test"),
+        ("tenth", "held-out"),
+    ]
+    cells = [record(arm, 0, 0.3, schedule=name, part=part) for name, part in kinds for arm in ("vanilla", "sfr")]
+    text = report.readme_part(read(*cells))
+    assert re.findall("--schedule ([^ ]+) --part ([^`]+)`", text) == [kinds[2], kinds[1], kinds[0]]
+
+
 @pytest.mark.parametrize(("image_size", "factor"), [(32, 1.02), (16, 1.1)])
 def test_vanilla_is_to_train_for_as_long_as_sfr_takes_on_images_of_that_size(read, image_size, factor):
-    arms = [arm for arm in report.MAIN_ARMS if not arm.startswith("vanilla-longer")]
+    arms = [arm for arm in report.PEERS if not arm.startswith("vanilla-longer")]
     cells = [record(arm, 0, 0.3, image_size=image_size) for arm in arms]
     assert f"Not run: vanilla, {round(100 * factor - 100)} % longer." in report.readme_part(read(*cells))
     there = record(f"vanilla-longer@factor={factor}", 0, 0.3, image_size=image_size)
