@@ -27,7 +27,7 @@ import torch
 from baselines import parse_arm
 from cell import Cell, Schedule, run_cell
 from images import ROOT, decoded
-from report import LADDER, PAST, PEERS, comparable
+from report import FEATURES, LADDER, PAST, PEERS, comparable
 
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
 CACHE = ROOT / "benchmarks" / ".cache"
@@ -66,7 +66,7 @@ class Round:
         ]
 
 
-MAIN = ("vanilla", "label-smoothing", "ps-kd", "sfr", PAST)
+MAIN = ("vanilla", "label-smoothing", "ps-kd", "sfr", FEATURES, PAST)
 SCANNED = (
     "vanilla",
     "label-smoothing",

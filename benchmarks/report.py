@@ -31,6 +31,7 @@ BEGIN = "<!-- from here to the end mark, benchmarks/report.py writes -->"
 END = "<!-- end of what benchmarks/report.py writes -->"
 
 BASE, OURS = "vanilla", "sfr"
+FEATURES = "sfr@smoothing=none"
 PAST = "sfr@smoothing=past,alpha=0,alpha_end=0.8"
 # By the size of the images: vanilla for as long as sfr takes.
 LONGER = {32: "vanilla-longer@factor=1.02", 16: "vanilla-longer@factor=1.1"}
@@ -48,6 +49,7 @@ PEERS = {
     "byot": "BYOT",
     "tfd": "TFD",
     "cutmix": "CutMix",
+    FEATURES: "**sfr's features** alone",
     OURS: "**sfr**",
     PAST: "**sfr**, past predictions",
     "sfr-cutmix@smoothing=none": "**sfr's features + CutMix**",
@@ -58,7 +60,7 @@ LADDER = {
     "tfd@weight=0.2,max_grid=4": "plain l2, channel to channel",
     "sfr@grouping=crop,smoothing=none": "EMD-l2, channel to channel",
     "tfd@weight=0.2,max_grid=4,grouping=mean": "plain l2, many to one (mean)",
-    "sfr@smoothing=none": "EMD-l2, many to one (mean)",
+    FEATURES: "EMD-l2, many to one (mean)",
     "sfr@grouping=segments,smoothing=none": "EMD-l2, many to one (segments)",
     "sfr@weight=0": "dynamic label smoothing alone",
     OURS: "**sfr**: all of it",
@@ -148,7 +150,7 @@ def section(group: Group) -> str:
 
 def variants(group: Group) -> list[str]:
     """Return all arms that are no peers, and what they are compared with, the best first; none if all have names."""
-    tried = [arm for arm in group.arms if arm not in PEERS or arm in (BASE, "label-smoothing", OURS)]
+    tried = [arm for arm in group.arms if arm not in PEERS or arm in (BASE, "label-smoothing", OURS, FEATURES)]
     return sorted(tried, key=lambda arm: -mean(group.scores(arm).values())) if {*group.arms} - {*NAMES} else []
 
 
