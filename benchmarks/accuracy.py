@@ -98,7 +98,6 @@ SCANNED_LABELS = (
     "ps-kd",
     PAST,
     "sfr@smoothing=past",
-    f"{PAST},weight=0.5",
     "sfr@alpha=0,alpha_end=0.8,alpha_steps=3900",
 )
 SCANNED_ONCE = (

@@ -82,11 +82,15 @@ def sort_key(record: Record) -> tuple[Any, ...]:
 
 
 def costs_of(record: Record, measured: Iterable[Record]) -> dict[str, Mapping[str, float]]:
-    """Return the costs by arm that were measured on such images and steps, on the same kind of device."""
+    """Return the costs by arm that were measured on such images and steps, on the same kind of device.
+
+    Of an arm that was measured twice the measurement with more steps counts.
+    """
 
     def kind(of: Record, names: Record) -> list[Any]:
         settings = [of["schedule"][name] for name in ("image_size", "batch_size", "augmentation")]
         return [*settings, of["environment"]["device"], names["model"], names["dataset"]]
 
     alike = [entry for entry in measured if kind(entry, entry["settings"]) == kind(record, record["cell"])]
+    alike.sort(key=lambda entry: entry["settings"]["repeats"])
     return {arm: cost for entry in alike for arm, cost in entry["arms"].items()}

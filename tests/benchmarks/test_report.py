@@ -27,7 +27,7 @@ SCHEDULE = {
 ENVIRONMENT = {"device": "some CPU", "versions": {"torch": "2.0"}, "commit": "0123456789"}
 COSTS = {
     "environment": ENVIRONMENT,
-    "settings": {"model": "resnet20", "dataset": "cifar100"},
+    "settings": {"model": "resnet20", "dataset": "cifar100", "repeats": 21},
     "schedule": SCHEDULE,
     "arms": {"sfr": {"time_ratio": 1.046, "memory_ratio": 1.1}},
 }
@@ -219,12 +219,20 @@ def test_costs_stand_beside_the_arms_they_were_measured_for(read):
     assert rows(text, "vanilla")[0][-3:] == ["", "", "1"]
 
 
+def test_of_two_measurements_of_an_arm_the_longer_counts(read):
+    arms = {"sfr": {"time_ratio": 1.07, "memory_ratio": 1.1}}
+    longer = COSTS | {"settings": COSTS["settings"] | {"repeats": 61}, "arms": arms}
+    cell = record("sfr", 0, 0.3)
+    for entries in ([COSTS, longer], [longer, COSTS]):
+        assert groups.costs_of(cell, entries) == arms
+
+
 @pytest.mark.parametrize(
     "other",
     [
         {"schedule": SCHEDULE | {"image_size": 16}},
         {"schedule": SCHEDULE | {"batch_size": 64}},
-        {"settings": {"model": "resnet18", "dataset": "cifar100"}},
+        {"settings": {"model": "resnet18", "dataset": "cifar100", "repeats": 21}},
         {"environment": ENVIRONMENT | {"device": "some GPU"}},
     ],
     ids=lambda other: next(iter(other)),
