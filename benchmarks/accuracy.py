@@ -98,6 +98,7 @@ SCANNED_LABELS = (
     "ps-kd",
     PAST,
     "sfr@smoothing=past",
+    "sfr@update=epoch",
     "sfr@alpha=0,alpha_end=0.8,alpha_steps=3900",
 )
 SCANNED_ONCE = (
@@ -105,7 +106,6 @@ SCANNED_ONCE = (
     "sfr@marginals=cross,smoothing=none",
     "sfr@solver=proximal,smoothing=none",
     "sfr@warmup=390,smoothing=none",
-    "sfr@update=epoch",
     "sfr@stages=layer..2.bn2,smoothing=none",
     "sfr-slow@decay=0.99,smoothing=none",
     "sfr@cost=correlation,smoothing=none",
