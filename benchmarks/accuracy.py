@@ -100,6 +100,10 @@ SCANNED_LABELS = (
     "sfr@smoothing=past",
     "sfr@update=epoch",
     "sfr@alpha=0,alpha_end=0.8,alpha_steps=3900",
+    "sfr-gated@gate=class",
+    "sfr-gated@gate=onehot",
+    "cutmix",
+    "sfr-cutmix@smoothing=none",
 )
 SCANNED_ONCE = (
     "sfr@pairs=adjacent,smoothing=none",
@@ -111,7 +115,14 @@ SCANNED_ONCE = (
     "sfr@cost=correlation,smoothing=none",
     "sfr@weight=1,cost=correlation,smoothing=none",
     "sfr@smoothing=past,alpha=0.8",
+    "sfr@momentum=0.05",
+    "sfr-gated@gate=sample",
+    "sfr@grouping=crop,smoothing=none",
+    "tfd@weight=0.2,max_grid=4",
+    "tfd@weight=0.2,max_grid=4,grouping=mean",
 )
+SCANNED_FULL = ("vanilla", "sfr", "sfr-gated@gate=class", "sfr-gated@gate=onehot")
+TESTED_VARIANTS = ("sfr@update=epoch", "sfr-cutmix@smoothing=none", "sfr-cutmix@alpha=0.5")
 # What docs/accuracy.md is made of: the scan by which choices were made, then the test, with seeds of its own.
 PLANS = {
     "scan": [
@@ -119,11 +130,13 @@ PLANS = {
         Round("tenth-16px", "held-out", (100, 101), SCANNED),
         Round("tenth-16px", "held-out", (100, 101), SCANNED_LABELS),
         Round("tenth-16px", "held-out", (100,), SCANNED_ONCE),
+        Round("full-30-16px", "held-out", (100,), SCANNED_FULL),
     ],
     "cpu": [
         Round("tenth-16px", "test", range(3), comparable(PEERS, 16)),
         Round("tenth-16px", "test", range(3), tuple(LADDER)),
         Round("tenth-16px", "test", range(3, 5), ("vanilla", "ps-kd", "byot", "sfr", PAST)),
+        Round("tenth-16px", "test", range(3), TESTED_VARIANTS),
         Round("noise20-16px", "test", range(3), MAIN),
         Round("noise40-16px", "test", range(3), MAIN),
         Round("full-30-16px", "test", range(3), MAIN),

@@ -80,7 +80,8 @@ class SFRConfig:
             cross-entropy).
         num_samples: samples of the training set, >= 1; for "past", which needs it, and for nothing else.
         alpha: weight of the smoothing distribution in the target, in [0, 1]. None means 0.5 for "class_mean" (Zhang
-            et al., arXiv 2011.12562) and "past", 0.1 for "uniform".
+            et al., arXiv 2011.12562) and "past", 0.1 for "uniform"; with "class_mean" soft targets (MixUp, CutMix)
+            are smoothed only if `alpha` or `alpha_end` is given.
         alpha_end: if given, alpha moves linearly from `alpha` to `alpha_end` over `alpha_steps` steps.
         alpha_steps: length of that move in training steps, >= 1.
         momentum: weight of one sample in the running class means, in (0, 1]. 0.01 averages over about 100 samples.

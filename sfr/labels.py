@@ -52,9 +52,12 @@ class DynamicLabelSmoothing(nn.Module):
 
     With "class_mean", S[y] is the mean softmax over the samples of class y that were classified correctly, uniform for
     a class not seen yet; the statistics are summed over all ranks. The target of a step uses S from before the step.
-    With soft targets a sample counts for its largest class. "running" moves S at every training step by an
-    exponential mean over samples (our reading); "epoch" collects over an epoch and replaces S in :meth:`end_epoch`
-    (Zhang et al.), where a class without a correct sample keeps its row.
+    "running" moves S at every training step by an exponential mean over samples (our reading); "epoch" collects over an
+    epoch and replaces S in :meth:`end_epoch` (Zhang et al.), where a class without a correct sample keeps its row.
+
+    Soft targets, as of MixUp and CutMix, count for their largest class and are left as they are, unless `alpha` or
+    `alpha_end` is given: they are soft already, and smoothed as well lost more than the feature term brought
+    (docs/accuracy.md).
 
     Where every image has many labels (segmentation), L is the mean over all labelled positions, and an image is one
     sample of each class y of which it has correct positions, with its mean softmax over them (our reading):
@@ -112,6 +115,7 @@ class DynamicLabelSmoothing(nn.Module):
         check_choice("mode", mode, Smoothing)
         check_num_samples(mode, num_samples)
         check_choice("update", update, Update)
+        self.smooth_soft_targets = not (alpha is None and alpha_end is None)
         alpha = DEFAULT_ALPHA[mode] if alpha is None else alpha
         alpha_end = alpha if alpha_end is None else alpha_end
         check_number("alpha", alpha, 0, 1)
@@ -159,7 +163,10 @@ class DynamicLabelSmoothing(nn.Module):
         # One row for each position: (N, K).
         rows = log_probabilities.movedim(1, -1).flatten(0, -2)
         labels = target.movedim(1, -1).flatten(0, -2) if target.is_floating_point() else target.flatten()
-        loss = self._smoothed_cross_entropy(rows, labels, alpha)
+        if target.is_floating_point() and not self.smooth_soft_targets:
+            loss = cross_entropy(logits, target, self.ignore_index)
+        else:
+            loss = self._smoothed_cross_entropy(rows, labels, alpha)
         self._observe(rows.detach(), labels, images=len(logits))
         return loss
 

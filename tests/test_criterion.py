@@ -252,8 +252,9 @@ def test_nonfinite_features_of_one_image_warn_once_and_spare_the_others(make_net
 
 
 @pytest.mark.parametrize("kind", ["MixUp", "CutMix"])
-def test_mixup_and_cutmix_of_torchvision_train(build, batch, kind):
-    model, criterion = build(smoothing="none")
+@pytest.mark.parametrize("config", [{}, {"smoothing": "none"}], ids=["default", "features alone"])
+def test_mixup_and_cutmix_of_torchvision_train_with_their_own_targets(build, batch, kind, config):
+    model, criterion = build(**config)
     images, targets = getattr(v2, kind)(num_classes=10)(*batch)
     assert ((targets > 0).sum(dim=1) > 1).any()
     criterion(model(images), targets).backward()

@@ -301,6 +301,34 @@ def test_only_correct_samples_count() -> None:
     assert torch.equal(criterion.distributions, torch.full((3, 3), 1 / 3))
 
 
+@both_updates
+def test_soft_targets_are_left_as_they_are_but_counted_unless_alpha_is_given(update: Any) -> None:
+    logits, target = batch(20, seed=1)[0].requires_grad_(), targets(soft=True, size=20)
+    default, given = DynamicLabelSmoothing(update=update), DynamicLabelSmoothing(update=update, alpha=0.5)
+    for _ in range(2):
+        expected = F.cross_entropy(logits, target)
+        loss, smoothed = default(logits, target), given(logits, target)
+        assert torch.equal(loss, expected)
+        assert torch.equal(*(torch.autograd.grad(value, logits)[0] for value in (loss, expected)))
+        assert not torch.isclose(smoothed, expected)
+    assert default.counts.sum() > 0
+    assert torch.equal(default.counts, given.counts)
+    assert torch.equal(default.distributions, given.distributions)
+
+
+def test_a_moving_alpha_smooths_soft_targets() -> None:
+    logits, target = batch(6, seed=1)[0], targets(soft=True)
+    loss = DynamicLabelSmoothing(alpha_end=0.0, alpha_steps=10)(logits, target)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, target, label_smoothing=0.5))
+
+
+def test_class_indices_are_smoothed_between_soft_targets() -> None:
+    criterion, (logits, target) = DynamicLabelSmoothing(), batch(6, seed=1)
+    criterion(batch(6, seed=2)[0], targets(soft=True))
+    expected = smooth_labels(target, criterion.distributions, 0.5)
+    torch.testing.assert_close(criterion(logits, target), F.cross_entropy(logits, expected))
+
+
 def test_soft_target_counts_for_its_largest_class() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0]])
     criterion = DynamicLabelSmoothing()

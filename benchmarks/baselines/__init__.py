@@ -10,6 +10,7 @@ from baselines.byot import BeYourOwnTeacher
 from baselines.cs_kd import ClassWise
 from baselines.cutmix import CutMix, SelfFeatureCutMix
 from baselines.dlb import LastMiniBatch
+from baselines.gated_labels import GatedLabels
 from baselines.label_smoothing import LabelSmoothing
 from baselines.online_label_smoothing import OnlineLabelSmoothing
 from baselines.ps_kd import Progressive
@@ -34,6 +35,7 @@ METHODS: dict[str, type[Arm]] = {
     "sfr": SelfFeature,
     "sfr-cutmix": SelfFeatureCutMix,
     "sfr-slow": SlowSupervisor,
+    "sfr-gated": GatedLabels,
 }
 
 

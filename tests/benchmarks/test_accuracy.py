@@ -257,3 +257,10 @@ def test_the_remaining_time_counts_images_and_pixels():
 def test_unknown_arms_are_refused_before_anything_runs():
     with pytest.raises(argparse.ArgumentTypeError, match="no arm is called 'distill'"):
         accuracy.known_arm("distill")
+
+
+def test_every_committed_cell_is_one_of_a_plan():
+    planned = {cell.file for rounds in accuracy.PLANS.values() for round_ in rounds for cell in round_.cells()}
+    committed = {file.relative_to(accuracy.RESULTS) for file in accuracy.RESULTS.glob("*/*.json")}
+    assert committed
+    assert not committed - planned

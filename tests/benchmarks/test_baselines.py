@@ -395,6 +395,79 @@ def test_sfr_cutmix_is_sfr_on_mixed_images(task: Task) -> None:
     assert loss != pytest.approx(F.cross_entropy(logits_of(task, batch()), task.labels[batch()]).item())
 
 
+# Gates in the label term
+
+
+def gated(task: Task, gate: str) -> Arm:
+    return build_arm(f"sfr-gated@gate={gate},weight=0,alpha=0.4", task)
+
+
+def label_loss(logits: Tensor, labels: Tensor, means: np.ndarray, alpha: list[float]) -> float:
+    targets = [
+        (1 - share) * np.eye(CLASSES)[label] + share * means[label]
+        for label, share in zip(labels.tolist(), alpha, strict=True)
+    ]
+    return soft_cross_entropy(logits, np.array(targets))
+
+
+@pytest.fixture
+def half_known(task: Task) -> list[bool]:
+    """Give the first half of the batch the labels that the network says, and the other half others."""
+    said = logits_of(task, batch()).argmax(dim=1)
+    known = [place < BATCH // 2 for place in range(BATCH)]
+    task.labels[batch()] = torch.where(torch.tensor(known), said, (said + 1) % CLASSES)
+    return known
+
+
+def means_of_correct(task: Task, known: list[bool]) -> np.ndarray:
+    labels, said = task.labels[batch()].tolist(), softmax(logits_of(task, batch()))
+    means = np.full((CLASSES, CLASSES), 1 / CLASSES)
+    for label in set(labels):
+        rows = [said[place] for place in range(BATCH) if known[place] and labels[place] == label]
+        means[label] = np.mean(rows, axis=0) if rows else means[label]
+    return means
+
+
+def test_the_gate_of_a_class_opens_with_the_share_of_it_that_is_known(task: Task, half_known: list[bool]) -> None:
+    arm, labels = gated(task, "class"), task.labels[batch()].tolist()
+    logits = logits_of(task, batch())
+    assert arm(batch()).item() == pytest.approx(cross_entropy(logits, task.labels[batch()]), rel=1e-5)  # none is known
+    shares = []
+    for label in labels:
+        of_class = [known for known, other in zip(half_known, labels, strict=True) if other == label]
+        shares.append((1 - 0.98 ** len(of_class)) * sum(of_class) / len(of_class))
+    expected = label_loss(
+        logits, task.labels[batch()], means_of_correct(task, half_known), [0.4 * share for share in shares]
+    )
+    assert any(shares)
+    assert arm(batch()).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_gate_of_a_sample_is_open_if_it_is_known(task: Task, half_known: list[bool]) -> None:
+    arm, logits = gated(task, "sample"), logits_of(task, batch())
+    alpha = [0.4 * known for known in half_known]
+    for means in (np.full((CLASSES, CLASSES), 1 / CLASSES), means_of_correct(task, half_known)):
+        expected = label_loss(logits, task.labels[batch()], means, alpha)
+        assert arm(batch()).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_sample_that_is_not_known_counts_as_its_label(task: Task, half_known: list[bool]) -> None:
+    arm, logits, labels = gated(task, "onehot"), logits_of(task, batch()), task.labels[batch()]
+    assert arm(batch()).item() == pytest.approx(cross_entropy(logits, labels), rel=1e-5)
+    said, means = softmax(logits), np.eye(CLASSES)
+    for label in set(labels.tolist()):
+        places = [place for place in range(BATCH) if labels[place] == label]
+        means[label] = np.mean([said[place] if half_known[place] else np.eye(CLASSES)[label] for place in places], 0)
+    expected = label_loss(logits, labels, means, [0.4] * BATCH)
+    assert expected != pytest.approx(cross_entropy(logits, labels))
+    assert arm(batch()).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_unknown_gate_is_an_error(task: Task) -> None:
+    with pytest.raises(ValueError, match="gate must be one of class, sample, onehot; got 'clas'"):
+        gated(task, "clas")
+
+
 # A slow supervisor
 
 
