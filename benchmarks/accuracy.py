@@ -104,6 +104,7 @@ SCANNED_LABELS = (
     "sfr-gated@gate=onehot",
     "cutmix",
     "sfr-cutmix@smoothing=none",
+    "sfr-cutmix@alpha=0.5",
 )
 SCANNED_ONCE = (
     "sfr@pairs=adjacent,smoothing=none",
