@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from sfr.config import SFRConfig
 from sfr.nodes import Grid, View, cells, spatial_shape, token_grid
 from sfr.stages import HOW_TO_NAME, infer_layout
+from sfr.taps import graph_behind
 
 # Stages of a model whose features are ordered by depth alone: more would make pairs of near copies.
 STAGES_IN_DEPTH = 4
@@ -336,12 +337,7 @@ def _leading_to(logits: Tensor | None, sightings: list[Sighting]) -> list[Sighti
     """Leave out what the logits do not depend on: side branches and auxiliary classifiers."""
     if logits is None or logits.grad_fn is None:
         return sightings
-    reached, waiting = set(), [logits.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node not in reached:
-            reached.add(node)
-            waiting.extend(parent for parent, _ in node.next_functions if parent is not None)
+    reached = set(graph_behind(logits))
     return [sighting for sighting in sightings if sighting.node is None or sighting.node in reached]
 
 

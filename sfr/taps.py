@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -138,17 +138,25 @@ def computed_from(logits: Tensor, features: Mapping[str, Tensor], others: Mappin
     if not own:
         return True
     found = False
-    waiting, visited = deque([logits.grad_fn]), set()
-    while waiting and not (found and not foreign):
-        node = waiting.popleft()
+    for node in graph_behind(logits, own | foreign):
         if node in foreign:
             return False
-        if node in own:
-            found = True
-        elif node is not None and node not in visited:
-            visited.add(node)
-            waiting.extend(parent for parent, _ in node.next_functions)
+        found = found or node in own
+        if found and not foreign:
+            return True
     return found
+
+
+def graph_behind(tensor: Tensor, ends: Container[Any] = ()) -> Iterator[Any]:
+    """Yield the autograd nodes that a tensor was computed by, each once, the nearest first, and none behind `ends`."""
+    waiting, seen = deque([tensor.grad_fn]), set()
+    while waiting:
+        node = waiting.popleft()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            if node not in ends:
+                waiting.extend(parent for parent, _ in node.next_functions)
 
 
 def _graph_nodes(features: Mapping[str, Tensor]) -> set[Any]:
