@@ -141,6 +141,7 @@ PLANS = {
         Round("noise20-16px", "test", range(3), MAIN),
         Round("noise40-16px", "test", range(3), MAIN),
         Round("full-30-16px", "test", range(3), MAIN),
+        Round("full-30-16px", "test", (0,), comparable(PEERS, 16)),
         Round("tenth", "test", range(3), MAIN),
     ],
     "gpu": [

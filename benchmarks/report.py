@@ -52,7 +52,6 @@ PEERS = {
     FEATURES: "**sfr's features** alone",
     OURS: "**sfr**",
     PAST: "**sfr**, past predictions",
-    "sfr-cutmix@smoothing=none": "**sfr's features + CutMix**",
     "sfr-cutmix": "**sfr + CutMix**",
 }
 LADDER = {
@@ -66,7 +65,6 @@ LADDER = {
     OURS: "**sfr**: all of it",
     PAST: "the same with past predictions in the place of class means",
     "cutmix": "CutMix",
-    "sfr-cutmix@smoothing=none": "**sfr's features + CutMix**",
     "sfr-cutmix": "**sfr + CutMix**",
 }
 # Of which the README shows the test part, in this order.
