@@ -68,7 +68,7 @@ LADDER = {
     "sfr-cutmix": "**sfr + CutMix**",
 }
 # Of which the README shows the test part, in this order.
-MAIN_SCHEDULES = ("full-200", "tenth", "tenth-16px", "full-30", "full-30-16px")
+MAIN_SCHEDULES = ("full-200", "tenth-16px", "tenth", "full-30-16px", "full-30")
 NAMES = LADDER | PEERS
 SEVERITIES = ("1", "3", "5")
 
