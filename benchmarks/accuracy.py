@@ -87,6 +87,7 @@ SCANNED_SHORT = (
     "sfr@weight=1,smoothing=none",
     "sfr@pairs=last,smoothing=none",
     "sfr@cost=cosine,smoothing=none",
+    "sfr@solver=proximal,smoothing=none",
     "sfr@smoothing=uniform",
     "sfr@alpha=0.3",
     "sfr@grouping=segments,alpha=0.3",
@@ -109,7 +110,6 @@ SCANNED_LABELS = (
 SCANNED_ONCE = (
     "sfr@pairs=adjacent,smoothing=none",
     "sfr@marginals=cross,smoothing=none",
-    "sfr@solver=proximal,smoothing=none",
     "sfr@warmup=390,smoothing=none",
     "sfr@stages=layer..2.bn2,smoothing=none",
     "sfr-slow@decay=0.99,smoothing=none",
