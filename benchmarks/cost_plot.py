@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from paired import standard_error
 
+NAME_HEIGHT = 0.06  # of a name, to the range of all gains
+
 
 class Point(NamedTuple):
     """One arm."""
@@ -29,14 +31,32 @@ def draw(panels: Mapping[str, Sequence[Point]], path: Path) -> None:
     figure, grid = plt.subplots(len(panels), figsize=(7, 4.5 * len(panels)), squeeze=False, layout="constrained")
     for (title, points), axes in zip(panels.items(), grid.flat, strict=True):
         axes.axhline(0, color="0.6", linewidth=1)
-        for point in points:
+        for point, height in zip(points, heights([mean(point.gains) for point in points]), strict=True):
             place = point.time, mean(point.gains)
             colour = "tab:red" if point.ours else "tab:blue"
             axes.errorbar(*place, yerr=standard_error(point.gains), fmt="o", color=colour, capsize=3)
-            axes.annotate(point.name, place, (6, 4), textcoords="offset points", fontsize=8)
+            axes.annotate(
+                point.name,
+                place,
+                (10, height),
+                textcoords=("offset points", "data"),
+                fontsize=8,
+                verticalalignment="center",
+                arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6},
+            )
         axes.set(xlabel="training time, relative to vanilla", ylabel="gain over vanilla, points")
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
         axes.margins(x=0.25, y=0.15)  # room for the names
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
+
+
+def heights(gains: Sequence[float]) -> list[float]:
+    """Return where the names of points go: at their gains, moved up until each is clear of the one below."""
+    clearance = NAME_HEIGHT * (max([0.0, *gains]) - min([0.0, *gains]))
+    found: dict[int, float] = {}
+    below = float("-inf")
+    for index in sorted(range(len(gains)), key=gains.__getitem__):
+        below = found[index] = max(gains[index], below + clearance)
+    return [found[index] for index in range(len(gains))]

@@ -67,7 +67,7 @@ LADDER = {
     "cutmix": "CutMix",
     "sfr-cutmix": "**sfr + CutMix**",
 }
-# Of which the README shows the test part, in this order.
+# Of which README and plot show the test part, in this order.
 MAIN_SCHEDULES = ("full-200", "tenth-16px", "tenth", "full-30-16px", "full-30")
 NAMES = LADDER | PEERS
 SEVERITIES = ("1", "3", "5")
@@ -93,8 +93,8 @@ def main() -> None:
         raise SystemExit(f"out of date: {names}; python benchmarks/report.py writes them anew" if outdated else 0)
     for page, text in outdated.items():
         page.write_text(text)
-    if panels := {group.title: points(group) for group in groups if is_main(group) and points(group)}:
-        draw(panels, PLOT)
+    if panels(groups):
+        draw(panels(groups), PLOT)
 
 
 def pages(groups: Sequence[Group]) -> dict[Path, str]:
@@ -107,8 +107,15 @@ def comparable(arms: Iterable[str], image_size: int) -> list[str]:
     return [arm for arm in arms if arm not in LONGER.values() or arm == LONGER.get(image_size)]
 
 
-def is_main(group: Group) -> bool:
-    return group.is_test and group.cell["schedule"] in MAIN_SCHEDULES
+def main_groups(groups: Iterable[Group]) -> list[Group]:
+    """Return what the README and the plot show, in their order."""
+    shown = [group for group in groups if group.is_test and group.cell["schedule"] in MAIN_SCHEDULES]
+    return sorted(shown, key=lambda group: MAIN_SCHEDULES.index(group.cell["schedule"]))
+
+
+def panels(groups: Iterable[Group]) -> dict[str, list[Point]]:
+    """Return the points of the plot by the titles of its panels."""
+    return {group.title: points(group) for group in main_groups(groups) if points(group)}
 
 
 def inserted(page: Path, generated: str) -> str:
@@ -120,16 +127,14 @@ def inserted(page: Path, generated: str) -> str:
 
 
 def readme_part(groups: Sequence[Group]) -> str:
-    shown = sorted(filter(is_main, groups), key=lambda group: MAIN_SCHEDULES.index(group.cell["schedule"]))
-    parts = [part for group in shown for part in (facts(group), arms_table(group, PEERS), not_run(group))]
+    parts = [part for group in main_groups(groups) for part in (facts(group), arms_table(group, PEERS), not_run(group))]
     return "\n\n".join(filter(None, [LEGEND, *parts])) if parts else NOTHING_YET
 
 
 def page_part(groups: Sequence[Group]) -> str:
     if not groups:
         return NOTHING_YET
-    plotted = any(is_main(group) and points(group) for group in groups)
-    plot = [f"![gain over vanilla against training time]({PLOT.name})"] if plotted else []
+    plot = [f"![gain over vanilla against training time]({PLOT.name})"] if panels(groups) else []
     tested = [group for group in groups if group.is_test]
     return "\n\n".join([LEGEND, *plot, *map(section, groups), *robustness(tested), *inside(RESULTS)])
 

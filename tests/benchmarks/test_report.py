@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import cost_plot
 import groups
 import pytest
 import report
@@ -329,3 +330,13 @@ def test_plot_is_drawn_of_main_groups_with_costs(read, tmp_path, monkeypatch):
     for plot in plots:
         report.draw({group.title: [point]}, plot)
     assert plots[0].read_bytes() == plots[1].read_bytes()
+
+
+def test_names_in_the_plot_are_clear_of_each_other_and_at_their_points_where_there_is_room():
+    gains = [1.0, -1.0, 0.99, 0.98, 0.4]
+    places = cost_plot.heights(gains)
+    clearance = cost_plot.NAME_HEIGHT * 2
+    assert [places[1], places[4], places[3]] == [-1.0, 0.4, 0.98]
+    assert places[2] == pytest.approx(0.98 + clearance)
+    assert places[0] == pytest.approx(0.98 + 2 * clearance)
+    assert cost_plot.heights([]) == []
