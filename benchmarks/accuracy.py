@@ -132,6 +132,7 @@ PLANS = {
         Round("tenth-16px", "held-out", (100, 101), SCANNED_LABELS),
         Round("tenth-16px", "held-out", (100,), SCANNED_ONCE),
         Round("full-30-16px", "held-out", (100,), SCANNED_FULL),
+        Round("tenth", "held-out", (100, 101), ("vanilla", "sfr", FEATURES)),
     ],
     "cpu": [
         Round("tenth-16px", "test", range(3), comparable(PEERS, 16)),
