@@ -167,6 +167,7 @@ class DynamicLabelSmoothing(nn.Module):
             loss = cross_entropy(logits, target, self.ignore_index)
         else:
             loss = self._smoothed_cross_entropy(rows, labels, alpha)
+        # Soft targets count in any case: other ranks may have class indices in this step, and wait for the sums.
         self._observe(rows.detach(), labels, images=len(logits))
         return loss
 

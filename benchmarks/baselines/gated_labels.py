@@ -17,7 +17,9 @@ MEMORY = 0.98  # of the share of a class that is known, by sample
 
 
 class GatedLabels(SelfFeature):
-    """Self-feature regularization with a gate in its label term; options but `gate` are fields of `sfr.SFRConfig`.
+    """Self-feature regularization with a gate in its label term, the class means with their defaults.
+
+    Options but `gate` are fields of :class:`sfr.SFRConfig`; of those of the label term `alpha` alone has an effect.
 
     With "class" alpha is multiplied by the share of the class's latest samples, about 50, that were classified
     correctly; with "sample" it is zero for each sample that is not at this moment. With "onehot" alpha stays, but the
