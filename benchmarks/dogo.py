@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from images import balanced_indices
+from markdown_table import markdown_table
 from overhead import environment
 from paired import spread
 from torch import Tensor
@@ -154,7 +155,7 @@ def tables(cells: list[Cell]) -> str:
     parts = [facts(cells[-1], seeds)]
     for model in RECIPE["--models"].split():
         heads = ["accuracy, %", *METHODS, "difference", "seeds with a gain"]
-        rows = [heads, ["---"] * len(heads)]
+        rows = []
         for measure, label in MEASURES.items():
             alone, together = (
                 [100 * by_method[method][seed]["scores"][model][measure] for seed in seeds] for method in METHODS
@@ -162,7 +163,7 @@ def tables(cells: list[Cell]) -> str:
             gains = [ours - theirs for ours, theirs in zip(together, alone, strict=True)]
             won = f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
             rows.append([label, spread(alone), spread(together), spread(gains, sign="+"), won])
-        parts.append(f"### {model}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows))
+        parts.append(f"### {model}\n\n{markdown_table(heads, rows)}")
     return "\n" + "\n\n".join(parts) + "\n"
 
 

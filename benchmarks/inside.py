@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from markdown_table import markdown_table
+
 HEAD = """\
 ## Inside the feature term
 
@@ -26,11 +28,9 @@ def run_table(record: dict[str, Any]) -> str:
     pairs, stages = list(findings[0]["pairs"]), list(findings[0]["stages"])
     heads = ["epoch", *(f"EMD {name}" for name in pairs), *(f"in place {name}" for name in pairs)]
     heads += [f"rms {name}" for name in stages] + [f"gradient {name}" for name in stages[:-1]]
-    lines = [heads, ["---"] * len(heads), *(finding_row(finding, pairs, stages) for finding in findings)]
     title = f"`{cell['arm']}`, seed {cell['seed']}, schedule {cell['schedule']}, {cell['model']} on {cell['dataset']}"
-    return f"{title}; gradients for a weight of {record['weight']}:\n\n" + "\n".join(
-        f"| {' | '.join(line)} |" for line in lines
-    )
+    table = markdown_table(heads, (finding_row(finding, pairs, stages) for finding in findings))
+    return f"{title}; gradients for a weight of {record['weight']}:\n\n{table}"
 
 
 def finding_row(finding: dict[str, Any], pairs: list[str], stages: list[str]) -> list[str]:

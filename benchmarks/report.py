@@ -2,6 +2,7 @@
 
     python benchmarks/report.py            # writes the tables of README.md and docs/accuracy.md, and the plot
     python benchmarks/report.py --check    # writes nothing; fails and names the pages that the JSON has outdated
+    python benchmarks/report.py --results DIR   # prints the tables of other cells, and how they differ from those here
 
 Cells are compared within one data set, model, schedule and part, and never across. A row is there for each arm that has
 cells; one that neither PEERS nor LADDER names is a row of the variants, so that none is left out. Words around the
@@ -20,7 +21,9 @@ from types import MappingProxyType
 from cost_plot import Point, draw
 from groups import Group, Record, Scores, on_corrupted, read_groups, result
 from inside import inside
+from markdown_table import markdown_table
 from paired import differences, spread, with_error
+from repeated import repeated
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
@@ -85,10 +88,14 @@ def main() -> None:
     """Write the pages and the plot, or say which pages are out of date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, fail if a page is out of date")
-    check = parser.parse_args().check
+    parser.add_argument("--results", type=Path, help="folder of other cells; print what they give, write nothing")
+    args = parser.parse_args()
+    if args.results:
+        print(other_cells(args.results))
+        return
     groups = read_groups(RESULTS)
     outdated = {page: text for page, text in pages(groups).items() if page.read_text() != text}
-    if check:
+    if args.check:
         names = ", ".join(str(page.relative_to(ROOT)) for page in outdated)
         raise SystemExit(f"out of date: {names}; python benchmarks/report.py writes them anew" if outdated else 0)
     for page, text in outdated.items():
@@ -100,6 +107,18 @@ def main() -> None:
 def pages(groups: Sequence[Group]) -> dict[Path, str]:
     """Return the pages with their generated parts anew."""
     return {README: inserted(README, readme_part(groups)), PAGE: inserted(PAGE, page_part(groups))}
+
+
+def other_cells(results: Path) -> str:
+    """Return the tables of the cells in another folder, and those that are recorded here as well beside these.
+
+    Raises:
+        SystemExit: if there is no cell.
+    """
+    groups = read_groups(results)
+    if not groups:
+        raise SystemExit(f"{results} has no cells; benchmarks/accuracy.py --results {results} runs them")
+    return "\n\n".join([LEGEND, *tables(groups), f"## Beside the recorded cells\n\n{repeated(results, RESULTS)}"])
 
 
 def comparable(arms: Iterable[str], image_size: int) -> list[str]:
@@ -135,8 +154,12 @@ def page_part(groups: Sequence[Group]) -> str:
     if not groups:
         return NOTHING_YET
     plot = [f"![gain over vanilla against training time]({PLOT.name})"] if panels(groups) else []
-    tested = [group for group in groups if group.is_test]
-    return "\n\n".join([LEGEND, *plot, *map(section, groups), *robustness(tested), *inside(RESULTS)])
+    return "\n\n".join([LEGEND, *plot, *tables(groups), *inside(RESULTS)])
+
+
+def tables(groups: Sequence[Group]) -> list[str]:
+    """Return the tables of accuracy, group by group, then those of robustness."""
+    return [*map(section, groups), *robustness([group for group in groups if group.is_test])]
 
 
 def section(group: Group) -> str:
@@ -210,7 +233,7 @@ def arms_table(group: Group, names: Mapping[str, str], rivals: Mapping[str, str]
         heads.insert(column, f"{rivals[rival]} against it")
         for arm, cells in zip(shown, rows, strict=True):
             cells.insert(column, gain(group.scores(rival), group.scores(arm)) if arm not in (BASE, rival) else "")
-    return markdown(heads, rows)
+    return markdown_table(heads, rows)
 
 
 def row(group: Group, arm: str) -> list[str]:
@@ -279,12 +302,7 @@ def side_by_side(columns: Sequence[tuple[str, Mapping[str, Scores]]]) -> str:
             gained = gain(scores[arm], scores.get(BASE, {})) if arm in scores and arm != BASE else ""
             cells.append(in_percent(scores.get(arm, {})) + (f" ({gained})" if gained else ""))
         rows.append([named(arm), *cells])
-    return markdown(["arm", *(name for name, _ in columns)], rows)
-
-
-def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(["arm", *(name for name, _ in columns)], rows)
 
 
 def points(group: Group) -> list[Point]:

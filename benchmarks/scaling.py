@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from markdown_table import markdown_table
 from overhead import environment
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
@@ -250,7 +251,7 @@ def milliseconds(cost: StepCost) -> float:
 
 def table(rows: list[Row]) -> str:
     cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row.values()] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [list(rows[0]), ["---"] * len(rows[0]), *cells])
+    return markdown_table(list(rows[0]), cells)
 
 
 if __name__ == "__main__":

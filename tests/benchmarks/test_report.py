@@ -340,3 +340,33 @@ def test_names_in_the_plot_are_clear_of_each_other_and_at_their_points_where_the
     assert places[2] == pytest.approx(0.98 + clearance)
     assert places[0] == pytest.approx(0.98 + 2 * clearance)
     assert cost_plot.heights([]) == []
+
+
+def test_cells_trained_again_stand_beside_the_recorded_ones(tmp_path, monkeypatch, capsys):
+    for folder, accuracies in {"recorded": (0.30, 0.31), "again": (0.32, 0.31, 0.5)}.items():
+        (tmp_path / folder / "tenth-test").mkdir(parents=True)
+        for seed, accuracy in enumerate(accuracies):
+            cell = json.dumps(record("vanilla", seed, accuracy))
+            (tmp_path / folder / "tenth-test" / f"vanilla-seed{seed}.json").write_text(cell)
+    written = report.README.read_text()
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "recorded")
+    monkeypatch.setattr("sys.argv", ["report.py", "--results", str(tmp_path / "again")])
+    report.main()
+    printed = capsys.readouterr().out
+    assert rows(printed, "tenth-test/vanilla-seed0") == [["tenth-test/vanilla-seed0", "30.00", "32.00", "+2.00"]]
+    assert rows(printed, "tenth-test/vanilla-seed1") == [["tenth-test/vanilla-seed1", "31.00", "31.00", "+0.00"]]
+    assert not rows(printed, "tenth-test/vanilla-seed2")
+    assert rows(printed, "mean ± standard error") == [["mean ± standard error", "", "", "+1.00 ± 1.00"]]
+    assert "## resnet20 on cifar100, schedule tenth, test set" in printed
+    assert report.README.read_text() == written
+
+
+def test_cells_of_which_none_is_recorded_are_said_to_be_new(read, tmp_path):
+    [group] = read(*scored("vanilla", {0: 0.3}))
+    assert group.is_test
+    assert "None of these cells is recorded" in report.other_cells(tmp_path)
+
+
+def test_folder_without_cells_says_what_makes_some(tmp_path):
+    with pytest.raises(SystemExit, match="has no cells"):
+        report.other_cells(tmp_path)
