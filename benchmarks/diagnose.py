@@ -25,9 +25,9 @@ from images import load_parts
 from overhead import environment
 from torch import Tensor
 
-import sfr
+from sfr.config import Solver
 from sfr.nodes import to_nodes
-from sfr.transport import solve
+from sfr.transport import emd
 
 BATCH = 256
 
@@ -68,11 +68,11 @@ def looked_into(run: CellRun, arm: SelfFeature, indices: Tensor, weight: float) 
     logits = arm.model(run.batches.plain(indices))
     features = arm.model.take_features(logits)
     label = torch.nn.functional.cross_entropy(logits, run.train.labels[indices])
-    pairs, terms = {}, []
-    for pair, shallow, deep, _ in arm.criterion.matched_nodes(features):
-        terms.append(sfr.emd_l2(shallow, deep, solver=arm.model.sfr_config.solver))
-        pairs[pair] = plan_facts(shallow.detach(), deep)
-    feature = weight * torch.stack(terms).mean()
+    pairs = {
+        pair: plan_facts(shallow, deep, arm.model.sfr_config.solver)
+        for pair, shallow, deep, _ in arm.criterion.matched_nodes(features)
+    }
+    feature = weight * torch.stack([facts["emd"] for facts in pairs.values()]).mean()
     stages = {
         name: {
             "rms": nodes.detach().square().mean().sqrt().item(),
@@ -82,7 +82,8 @@ def looked_into(run: CellRun, arm: SelfFeature, indices: Tensor, weight: float) 
         for name, nodes in stage_nodes(arm, features).items()
     }
     arm.load_state_dict(before, strict=False)
-    return {"label": label.item(), "feature": feature.item(), "pairs": pairs, "stages": stages}
+    numbers = {pair: {name: fact.item() for name, fact in facts.items()} for pair, facts in pairs.items()}
+    return {"label": label.item(), "feature": feature.item(), "pairs": numbers, "stages": stages}
 
 
 def stage_nodes(arm: SelfFeature, features: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -93,15 +94,15 @@ def stage_nodes(arm: SelfFeature, features: dict[str, Tensor]) -> dict[str, Tens
     }
 
 
-def plan_facts(shallow: Tensor, deep: Tensor) -> dict[str, float]:
+def plan_facts(shallow: Tensor, deep: Tensor, solver: Solver = "auto") -> dict[str, Tensor]:
     """Return what the matching of nodes (B, N, C) and (B, N, C) brings, against no and against a random one."""
     cost = (shallow[:, :, None] - deep[:, None, :]).square().mean(dim=3)
-    plan = solve(cost)
+    distances, plan = emd(cost, solver=solver)
     return {
-        "emd": (plan * cost).sum(dim=(1, 2)).mean().item(),
-        "aligned": cost.diagonal(dim1=1, dim2=2).mean().item(),
-        "independent": cost.mean().item(),
-        "in_place": plan.diagonal(dim1=1, dim2=2).sum(dim=1).mean().item(),
+        "emd": distances.mean(),
+        "aligned": cost.diagonal(dim1=1, dim2=2).mean(),
+        "independent": cost.mean(),
+        "in_place": plan.diagonal(dim1=1, dim2=2).sum(dim=1).mean(),
     }
 
 
