@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,13 @@ from sfr.taps import Recorder, Tap
 
 if TYPE_CHECKING:
     from sfr.report import Report
+
+
+NO_DATA_PARALLEL = (
+    "nn.DataParallel copies the model to several GPUs for each forward, where no copy's features belong to the whole "
+    "batch. Use DistributedDataParallel (accelerate launch, torchrun), or let the process see one GPU "
+    "(CUDA_VISIBLE_DEVICES=0); Hugging Face's Trainer takes DataParallel by itself where one process sees several."
+)
 
 
 class SFRWrapper(nn.Module):
@@ -43,7 +50,8 @@ class SFRWrapper(nn.Module):
 
     Raises:
         TypeError: if `model` is no ``nn.Module``, or for an override that is no field of the configuration.
-        ValueError: if the model is wrapped already, or a stage is unknown, or there are fewer than two.
+        ValueError: if the model is wrapped already or holds an ``nn.DataParallel`` over several GPUs, or a stage is
+            unknown, or there are fewer than two.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU(), nn.Flatten())
@@ -74,6 +82,8 @@ class SFRWrapper(nn.Module):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
         for name, module in model.named_modules():
+            if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+                raise ValueError(f"{NO_DATA_PARALLEL} It is at {name or 'the root'!r} of the model")
             tapped = any(isinstance(hook, Tap) for hook in module._forward_hooks.values())
             if isinstance(module, SFRWrapper) or tapped:
                 raise ValueError(f"the model is wrapped already (at {name or 'its root'!r}); call unwrap() first")
@@ -231,6 +241,10 @@ class SFRWrapper(nn.Module):
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self._model.load_state_dict(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        # nn.DataParallel would go on to put the parts of its copies into the model itself.
+        raise RuntimeError(NO_DATA_PARALLEL)
 
     def __getattr__(self, name: str) -> Any:
         if name == "_model":  # not there yet while copy and pickle build the object

@@ -1,6 +1,7 @@
 """The wrapper records what the criterion needs, and is the plain model in every other way."""
 
 import copy
+import importlib
 import io
 import pickle
 import weakref
@@ -182,6 +183,35 @@ def test_a_model_wrapped_twice_is_an_error(net, batch):
         with pytest.raises(ValueError, match="wrapped already"):
             sfr.SFRWrapper(again)
     sfr.SFRWrapper(model.unwrap(), example_input=batch[0])
+
+
+def test_copies_of_data_parallel_are_refused_and_the_model_stays_whole(net, batch, monkeypatch):
+    """What ``nn.DataParallel`` does on two GPUs, with the weights copied on the CPU."""
+    replication = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(replication, "_get_device_index", lambda device, _: device)
+    copies = lambda tensors, devices, detach: [[each.clone() for each in tensors] for _ in devices]  # noqa: E731
+    monkeypatch.setattr(replication, "_broadcast_coalesced_reshape", copies)
+    assert len(replication.replicate(net, [0, 1])) == 2
+    parts, weights = list(net.modules()), list(net.parameters())
+    with pytest.raises(RuntimeError, match="DataParallel copies the model"):
+        replication.replicate(sfr.SFRWrapper(net), [0, 1])
+    assert all(a is b for a, b in zip(net.modules(), parts, strict=True))
+    assert all(a is b for a, b in zip(net.parameters(), weights, strict=True))
+
+
+def test_data_parallel_inside_is_refused_over_several_gpus_only(net, batch):
+    parallel = nn.DataParallel(net)  # without a GPU a plain container
+    model = sfr.SFRWrapper(parallel)
+    sfr.SFRLoss(model)(model(batch[0]), batch[1]).backward()
+    model.unwrap().device_ids = [0, 1]
+    with pytest.raises(ValueError, match=r"DistributedDataParallel .* It is at 'inner' of the model"):
+        sfr.SFRWrapper(nn.ModuleDict({"inner": parallel}))
+
+
+def test_data_parallel_around_the_wrapper_trains_on_one_device(net, batch):
+    parallel = nn.DataParallel(sfr.SFRWrapper(net))
+    sfr.SFRLoss(parallel)(parallel(batch[0]), batch[1]).backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
 
 
 def test_only_modules_can_be_wrapped():
