@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,17 +59,23 @@ class SFRLoss(nn.Module):
 
     Several forwards before one backward (crops of different sizes) need one call of the criterion after each.
 
-    In ``criterion.eval()``, under ``torch.no_grad()`` and inside ``model.disable()`` it is the plain cross-entropy,
-    for a validation loss that compares with other methods.
+    `label_loss` takes the place of the label term, where that is not to be cross-entropy: for weighted classes, several
+    labels an image, a regression, or (``lambda loss, _: loss``) a model that computes its loss itself, called as
+    ``criterion(loss, None)``. The configuration's ``smoothing`` and all that belongs to it are then without effect.
+
+    In ``criterion.eval()``, under ``torch.no_grad()`` and inside ``model.disable()`` it is the plain cross-entropy, or
+    `label_loss` alone, for a validation loss that compares with other methods.
 
     A sample whose features are not finite has a feature term of zero, with one warning; training goes on. Under
     ``torch.compile`` the criterion runs eagerly, as a whole.
 
     Args:
         model: the :class:`sfr.SFRWrapper`, also inside DDP or ``torch.compile``.
+        label_loss: called with the logits and the target as they are, and to return a 0-d tensor; a module's state is
+            part of the criterion's. None means :class:`sfr.DynamicLabelSmoothing`.
 
     Raises:
-        TypeError: if `model` holds no :class:`sfr.SFRWrapper`.
+        TypeError: if `model` holds no :class:`sfr.SFRWrapper`, or `label_loss` cannot be called.
 
     Example:
         >>> model = SFRWrapper(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 10, 3, 2), nn.AdaptiveAvgPool2d(1),
@@ -84,8 +90,10 @@ class SFRLoss(nn.Module):
     _nonfinite: Tensor | None
     config: SFRConfig
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, label_loss: Callable[[Tensor, Any], Tensor] | None = None) -> None:
         super().__init__()
+        if label_loss is not None and not callable(label_loss):
+            raise TypeError(f"label_loss must be a function of logits and target, or None; got {label_loss!r}")
         # Past nn.Module's own __setattr__: the criterion does not own the model's parameters.
         object.__setattr__(self, "_model", _wrapper_in(model))
         config = self._model.sfr_config
@@ -100,6 +108,7 @@ class SFRLoss(nn.Module):
             ignore_index=config.ignore_index,
             num_samples=config.num_samples,
         )
+        self.label_loss = label_loss
         self.step = 0
         self.last: LossParts | None = None
         self._views: dict[str, View] = {}
@@ -120,7 +129,7 @@ class SFRLoss(nn.Module):
     def forward(
         self,
         output: Tensor | Mapping[str, Any],
-        target: Tensor,
+        target: Any,
         num_items_in_batch: Tensor | int | None = None,
         *,
         index: Tensor | None = None,
@@ -129,9 +138,10 @@ class SFRLoss(nn.Module):
 
         Args:
             output: output of the wrapped model for this batch: logits of shape (B, K), or (B, K, ...) with one
-                prediction at each position, or a mapping that holds them as "logits" or "out" (Hugging Face's
-                ``ModelOutput``, torchvision's segmentation models).
-            target: class indices, shape (B,) or (B, ...), or soft targets of the shape of the logits.
+                prediction at each position (any tensor, if there is a `label_loss`), or a mapping that holds them as
+                "logits" or "out" (Hugging Face's ``ModelOutput``, torchvision's segmentation models).
+            target: class indices, shape (B,) or (B, ...), or soft targets of the shape of the logits; or whatever the
+                `label_loss` takes.
             num_items_in_batch: labels in all the batches that one optimizer step accumulates; the loss is then this
                 batch's share of their mean. Hugging Face's ``Trainer(compute_loss_func=criterion)`` passes it.
             index: numbers of the samples in the training set, shape (B,), for ``smoothing="past"``; else of no effect.
@@ -148,12 +158,11 @@ class SFRLoss(nn.Module):
         # The Trainer counts the labels that are not -100, whatever is ignored here: only so the shares sum to one.
         return loss * ((target != IGNORE_INDEX).sum() / num_items_in_batch)
 
-    def _loss(self, logits: Tensor, target: Tensor, index: Tensor | None) -> Tensor:
+    def _loss(self, logits: Tensor, target: Any, index: Tensor | None) -> Tensor:
         if not self.training or not torch.is_grad_enabled() or self._model.disabled:
-            ignore_index = self.config.ignore_index
-            return cross_entropy(logits, checked_target(logits, target, ignore_index), ignore_index)
+            return self._plain(logits, target)
         features = self._model.take_features(logits)
-        label = self.labels(logits, target, index)
+        label = self.labels(logits, target, index) if self.label_loss is None else self._plain(logits, target)
         self.step += 1
         weight = self.current_weight()
         if weight == 0:
@@ -165,6 +174,17 @@ class SFRLoss(nn.Module):
             label.detach(), feature.detach(), weight, {name: term.detach() for name, term in pairs.items()}
         )
         return label + weight * feature
+
+    def _plain(self, logits: Tensor, target: Any) -> Tensor:
+        """Return the loss without the method: cross-entropy, or what was given for it."""
+        if self.label_loss is None:
+            ignore_index = self.config.ignore_index
+            return cross_entropy(logits, checked_target(logits, target, ignore_index), ignore_index)
+        loss = self.label_loss(logits, target)
+        if not isinstance(loss, Tensor) or loss.ndim:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"label_loss must return a 0-d tensor; got {got}")
+        return loss
 
     def end_epoch(self) -> None:
         """Take over the class means of the epoch; needed with ``update="epoch"`` only."""

@@ -157,8 +157,9 @@ class SFRWrapper(nn.Module):
         if not self._recorder.features:
             raise RuntimeError(
                 "no features are recorded. The criterion needs a forward of the wrapped model (not of the plain or "
-                "unwrapped one) in training mode and with gradient just before it, and uses its features once. For a "
-                "validation loss call criterion.eval(), or compute it under torch.no_grad()."
+                "unwrapped one) in training mode and with gradient just before it, and uses its features once: call it "
+                "once, with mixed targets (MixUp, CutMix), and not for each of two labels. For a validation loss call "
+                "criterion.eval(), or compute it under torch.no_grad()."
             )
         features = self._recorder.take(logits)
         if features is None:

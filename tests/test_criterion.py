@@ -176,8 +176,77 @@ def test_features_serve_one_loss_only(build, batch):
     model, criterion = build()
     logits = model(batch[0])
     criterion(logits, batch[1])
-    with pytest.raises(RuntimeError, match="uses its features once"):
+    with pytest.raises(RuntimeError, match=r"uses its features once.*with mixed targets \(MixUp, CutMix\)"):
         criterion(logits, batch[1])
+
+
+@pytest.fixture
+def several_labels():
+    """Which of the 10 classes are in each of the 8 images."""
+    return torch.rand(8, 10, generator=torch.Generator().manual_seed(1)).gt(0.7).float()
+
+
+def test_a_loss_of_ones_own_takes_the_place_of_the_label_term(build, batch, several_labels):
+    model, _ = build(weight=0.3)
+    loss_function = nn.BCEWithLogitsLoss(pos_weight=torch.arange(1.0, 11.0))
+    criterion = sfr.SFRLoss(model, label_loss=loss_function)
+    logits = model(batch[0])
+    loss = criterion(logits, several_labels)
+    label = loss_function(logits, several_labels)
+    assert torch.equal(criterion.last.label, label)
+    assert criterion.last.feature > 0
+    torch.testing.assert_close(loss, label + 0.3 * criterion.last.feature)
+    assert (criterion.step, criterion.labels.step) == (1, 0)
+    assert "label_loss.pos_weight" in criterion.state_dict()
+    with model.disable():
+        assert torch.equal(criterion(logits, several_labels), label)
+    assert torch.equal(criterion.eval()(logits, several_labels), label)
+
+
+def test_with_weight_zero_a_loss_of_ones_own_trains_bit_for_bit_as_without(build, batch, several_labels):
+    def gradients(model, loss_function):
+        loss_function(model(batch[0]), several_labels).backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    model, _ = build(weight=0)
+    ours = gradients(model, sfr.SFRLoss(model, label_loss=F.binary_cross_entropy_with_logits))
+    model.zero_grad()
+    plain = gradients(model.unwrap(), F.binary_cross_entropy_with_logits)
+    assert all(map(torch.equal, ours, plain))
+
+
+def test_a_model_may_compute_its_loss_itself(make_net, batch):
+    class OwnLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = make_net()
+
+        def forward(self, x, y):
+            return {"class": F.cross_entropy(self.net(x), y), "entropy": self.net[0].weight.square().sum()}
+
+    model = sfr.SFRWrapper(OwnLoss(), stages=["net.1", "net.3", "net.5"], weight=1.0)
+    criterion = sfr.SFRLoss(model, label_loss=lambda loss, _: loss)
+    label = sum(model(*batch).values())
+    loss = criterion(label, None)
+    torch.testing.assert_close(loss, label + criterion.last.feature)
+    assert criterion.last.feature > 0
+    with pytest.raises(RuntimeError, match="no features are recorded"):
+        criterion(label, None)
+
+
+@pytest.mark.parametrize(
+    ("label_loss", "message"),
+    [(nn.BCEWithLogitsLoss(reduction="none"), r"0-d tensor; got \(8, 10\)"), (lambda *_: 1.0, "0-d tensor; got float")],
+)
+def test_a_loss_of_ones_own_that_is_no_number_is_an_error(build, batch, several_labels, label_loss, message):
+    model, _ = build()
+    with pytest.raises(ValueError, match=message):
+        sfr.SFRLoss(model, label_loss=label_loss)(model(batch[0]), several_labels)
+
+
+def test_a_loss_of_ones_own_that_is_no_function_is_an_error(build):
+    with pytest.raises(TypeError, match="label_loss must be a function of logits and target, or None; got 'bce'"):
+        sfr.SFRLoss(build()[0], label_loss="bce")
 
 
 def test_a_model_without_wrapper_is_an_error(make_net):
@@ -356,6 +425,17 @@ def test_a_segmentation_model_of_torchvision_trains(segmentation_batch):
     model = sfr.SFRWrapper(net, stages=["backbone.4", "backbone.16"])
     criterion = sfr.SFRLoss(model)
     criterion(model(segmentation_batch[0]), segmentation_batch[1] % 3).backward()
+    assert criterion.last.feature > 0
+
+
+def test_a_detector_of_torchvision_trains_with_its_own_losses():
+    build = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn
+    detector = build(weights=None, weights_backbone=None, num_classes=3)
+    model = sfr.SFRWrapper(detector, stages=["backbone.body.3", "backbone.body.6", "backbone.body.12"])
+    criterion = sfr.SFRLoss(model, label_loss=lambda loss, _: loss)
+    image, target = torch.rand(3, 64, 80), {"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([1])}
+    criterion(sum(model([image, image], [target, target]).values()), None).backward()
+    assert len(criterion.last.pairs) == 3
     assert criterion.last.feature > 0
 
 
