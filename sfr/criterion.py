@@ -66,8 +66,9 @@ class SFRLoss(nn.Module):
     In ``criterion.eval()``, under ``torch.no_grad()`` and inside ``model.disable()`` it is the plain cross-entropy, or
     `label_loss` alone, for a validation loss that compares with other methods.
 
-    A sample whose features are not finite has a feature term of zero, with one warning; training goes on. Under
-    ``torch.compile`` the criterion runs eagerly, as a whole.
+    A sample whose features are not finite has a feature term of zero, with one warning; training goes on. Where all
+    supervised stages are frozen, one warning says that the feature term trains nothing. Under ``torch.compile`` the
+    criterion runs eagerly, as a whole.
 
     Args:
         model: the :class:`sfr.SFRWrapper`, also inside DDP or ``torch.compile``.
@@ -113,7 +114,7 @@ class SFRLoss(nn.Module):
         self.last: LossParts | None = None
         self._views: dict[str, View] = {}
         self._nonfinite = None
-        self._warned = False
+        self._warned: set[str] = set()
 
     @property
     def model(self) -> SFRWrapper:
@@ -170,6 +171,12 @@ class SFRLoss(nn.Module):
             return label
         pairs = self._feature_terms(features)
         feature = torch.stack(list(pairs.values())).mean()
+        if not feature.requires_grad:
+            self._warn_once(
+                "frozen",
+                "all the supervised stages are frozen: the feature term takes time and trains nothing. Unfreeze them, "
+                "or train inside model.disable() as long as they are frozen.",
+            )
         self.last = LossParts(
             label.detach(), feature.detach(), weight, {name: term.detach() for name, term in pairs.items()}
         )
@@ -217,7 +224,7 @@ class SFRLoss(nn.Module):
             )
             per_image = values.reshape(len(finite), -1).mean(dim=1)
             terms[pair] = (per_image * finite).mean()
-        self._warn_once()
+        self._warn_of_nonfinite()
         return terms
 
     def matched_nodes(self, features: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
@@ -252,23 +259,27 @@ class SFRLoss(nn.Module):
     def _finite(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """Zero the nodes of images that hold a non-finite value; return them and which images are sound."""
         finite = nodes.isfinite().all(dim=2).all(dim=1)
-        if not self._warned:
+        if "nonfinite" not in self._warned:
             found = ~finite.detach().all()
             self._nonfinite = found if self._nonfinite is None else self._nonfinite | found
         return torch.where(finite[:, None, None], nodes, 0.0), finite
 
-    def _warn_once(self) -> None:
+    def _warn_of_nonfinite(self) -> None:
         flag = self._nonfinite
         if flag is None or (flag.device.type != "cpu" and self.step % CHECK_EVERY):
             return
         self._nonfinite = None
         if flag:
-            self._warned = True
-            warnings.warn(
+            self._warn_once(
+                "nonfinite",
                 f"non-finite features at or before step {self.step}: their images get a feature term of zero. "
                 "Look at the learning rate and, with float16, at the loss scale.",
-                stacklevel=4,
             )
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, stacklevel=5)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the step; called by ``state_dict``."""

@@ -289,6 +289,20 @@ def test_soft_targets_train(build, batch):
     assert criterion.last.label > 0
 
 
+@pytest.mark.parametrize(("trained", "warned"), [(["8."], True), (["2."], False), ([""], False)])
+def test_a_feature_term_that_trains_nothing_warns_once(make_net, batch, trained, warned):
+    net = make_net()
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name.startswith(tuple(trained)))
+    model = sfr.SFRWrapper(net, stages=["1", "3", "5"])
+    criterion = sfr.SFRLoss(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            criterion(model(batch[0]), batch[1]).backward()
+    assert [("are frozen" in str(warning.message)) for warning in caught] == [True] * warned
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nonfinite_features_of_one_image_warn_once_and_spare_the_others(make_net, batch, value):
     net = make_net()
