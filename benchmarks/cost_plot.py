@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
 from paired import standard_error
+from PIL import Image
 
+SHOWS = "Description"  # of the texts in a PNG the one that holds the points
 NAME_HEIGHT = 0.06  # of a name, to the range of all gains
 
 
@@ -48,8 +51,21 @@ def draw(panels: Mapping[str, Sequence[Point]], path: Path) -> None:
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
         axes.margins(x=0.25, y=0.15)  # room for the names
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    figure.savefig(path, dpi=110, metadata={"Software": None, SHOWS: shown(panels)})
     plt.close(figure)
+
+
+def is_drawn(panels: Mapping[str, Sequence[Point]], path: Path) -> bool:
+    """Whether a file is the plot of these points, as it says itself: no two versions of matplotlib draw the same."""
+    if not path.exists():
+        return False
+    with Image.open(path) as image:
+        return image.info.get(SHOWS) == shown(panels)
+
+
+def shown(panels: Mapping[str, Sequence[Point]]) -> str:
+    """Return the points as text."""
+    return json.dumps({title: [point._asdict() for point in points] for title, points in panels.items()})
 
 
 def heights(gains: Sequence[float]) -> list[float]:

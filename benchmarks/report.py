@@ -1,7 +1,7 @@
 """Tables and plot of the accuracy benchmark, from the JSON of its cells.
 
     python benchmarks/report.py            # writes the tables of README.md and docs/accuracy.md, and the plot
-    python benchmarks/report.py --check    # writes nothing; fails and names the pages that the JSON has outdated
+    python benchmarks/report.py --check    # writes nothing; fails and names the files that the JSON has outdated
     python benchmarks/report.py --results DIR   # prints the tables of other cells, and how they differ from those here
 
 Cells are compared within one data set, model, schedule and part, and never across. A row is there for each arm that has
@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean, median
 from types import MappingProxyType
 
-from cost_plot import Point, draw
+from cost_plot import Point, draw, is_drawn
 from groups import Group, Record, Scores, on_corrupted, read_groups, result
 from inside import inside
 from markdown_table import markdown_table
@@ -85,9 +85,9 @@ NOTHING_YET = (
 
 
 def main() -> None:
-    """Write the pages and the plot, or say which pages are out of date."""
+    """Write the pages and the plot, or say which of them are out of date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, fail if a page is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if a page or the plot is out of date")
     parser.add_argument("--results", type=Path, help="folder of other cells; print what they give, write nothing")
     args = parser.parse_args()
     if args.results:
@@ -95,13 +95,15 @@ def main() -> None:
         return
     groups = read_groups(RESULTS)
     outdated = {page: text for page, text in pages(groups).items() if page.read_text() != text}
+    plot = panels(groups)
     if args.check:
-        names = ", ".join(str(page.relative_to(ROOT)) for page in outdated)
-        raise SystemExit(f"out of date: {names}; python benchmarks/report.py writes them anew" if outdated else 0)
+        files = [*outdated, *([PLOT] if plot and not is_drawn(plot, PLOT) else [])]
+        names = ", ".join(str(file.relative_to(ROOT)) for file in files)
+        raise SystemExit(f"out of date: {names}; python benchmarks/report.py writes them anew" if files else 0)
     for page, text in outdated.items():
         page.write_text(text)
-    if panels(groups):
-        draw(panels(groups), PLOT)
+    if plot:
+        draw(plot, PLOT)
 
 
 def pages(groups: Sequence[Group]) -> dict[Path, str]:

@@ -76,6 +76,11 @@ def test_pages_are_those_of_the_committed_cells():
         assert page.read_text() == text, f"{page.name} is out of date: python benchmarks/report.py"
 
 
+def test_plot_is_that_of_the_committed_cells():
+    shown = report.panels(report.read_groups(report.RESULTS))
+    assert cost_plot.is_drawn(shown, report.PLOT), "the plot is out of date: python benchmarks/report.py"
+
+
 def test_committed_cells_of_sfr_are_named_by_what_differs_from_today_s_defaults():
     for file in report.RESULTS.glob("*/*.json"):
         cell = json.loads(file.read_text())
@@ -311,12 +316,29 @@ def test_what_is_written_passes_the_check_which_draws_nothing(read, tmp_path, mo
     report.main()
     assert "+1.00" in report.README.read_text()
     assert "(plot.png)" in report.PAGE.read_text()
-    report.PLOT.unlink()
+    drawn = report.PLOT.stat()
     monkeypatch.setattr("sys.argv", ["report.py", "--check"])
     with pytest.raises(SystemExit) as ended:
         report.main()
     assert ended.value.code == 0
-    assert not report.PLOT.exists()
+    assert report.PLOT.stat() == drawn
+
+
+@pytest.mark.parametrize("change", [lambda plot: plot.unlink(), lambda plot: report.draw({"other": []}, plot)])
+def test_check_names_a_plot_that_is_missing_or_out_of_date(read, tmp_path, monkeypatch, change):
+    read(*scored("vanilla", {0: 0.3}), *scored("sfr", {0: 0.31}), costs=COSTS)
+    for name in ("README", "PAGE"):
+        monkeypatch.setattr(report, name, tmp_path / f"{name}.md")
+        (tmp_path / f"{name}.md").write_text(f"{report.BEGIN}{report.END}")
+    monkeypatch.setattr(report, "PLOT", tmp_path / "plot.png")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["report.py"])
+    report.main()
+    change(report.PLOT)
+    monkeypatch.setattr("sys.argv", ["report.py", "--check"])
+    with pytest.raises(SystemExit, match=r"out of date: plot\.png;"):
+        report.main()
 
 
 def test_plot_is_drawn_of_main_groups_with_costs(read, tmp_path, monkeypatch):
