@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+# Training forwards in a row whose features nobody used, before a warning says so.
+UNUSED_UNTIL_WARNING = 10
 
 
 class Tap:
@@ -34,6 +38,7 @@ class Recorder:
         self.features: dict[str, Tensor] = {}
         self.unused: dict[str, Tensor] = {}
         self._recording = False
+        self._unused_in_a_row = 0
         self._handles: list[RemovableHandle] = []
         self._names: tuple[str, ...] = ()
 
@@ -53,6 +58,16 @@ class Recorder:
         """Start to record a new forward; features nobody used are set aside until the next ones are used."""
         self.unused, self.features = self.features, {}
         self._recording = True
+
+    def note_unused(self) -> None:
+        """Count a forward whose features nobody has used; warn, once, of many in a row."""
+        self._unused_in_a_row += 1
+        if self._unused_in_a_row == UNUSED_UNTIL_WARNING:
+            warnings.warn(
+                f"the features of {UNUSED_UNTIL_WARNING} forwards in a row were not used: SFR has no effect unless "
+                "criterion = sfr.SFRLoss(model) takes the place of your loss. model.disable() trains without it.",
+                stacklevel=5,
+            )
 
     def record(self, name: str, output: Any) -> None:
         """Keep the tensor of a stage's output.
@@ -102,6 +117,7 @@ class Recorder:
         """Hand over the features and forget them; None if the logits come from another forward, even in part."""
         features, unused = self.features, self.unused
         self.features, self.unused = {}, {}
+        self._unused_in_a_row = 0
         return features if computed_from(logits, features, unused) else None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -4,10 +4,12 @@ import copy
 import importlib
 import io
 import pickle
+import warnings
 import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision import models
 
@@ -138,6 +140,29 @@ def test_features_are_released_after_use(net, batch):
     loss.backward()
     del loss, logits
     assert feature() is None
+
+
+def test_a_wrapper_without_its_criterion_warns_once(net, batch):
+    model = sfr.SFRWrapper(net)
+    criterion = sfr.SFRLoss(model)
+
+    def warnings_of(train_step, steps):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(steps):
+                train_step()
+        return [str(warning.message) for warning in caught]
+
+    def plain_step():
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+
+    assert not warnings_of(lambda: criterion(model(batch[0]), batch[1]), 30)
+    with model.disable():
+        assert not warnings_of(plain_step, 30)
+    assert not warnings_of(plain_step, 9)
+    criterion(model(batch[0]), batch[1])
+    [message] = warnings_of(plain_step, 30)
+    assert "criterion = sfr.SFRLoss(model) takes the place of your loss" in message
 
 
 def test_an_example_input_leaves_mode_buffers_and_random_state_alone():
