@@ -33,7 +33,7 @@ def exact_plan(cost: Tensor, rows: Tensor, columns: Tensor, *, uniform: bool) ->
     """Return the optimal plans of a batch of problems, computed on the CPU.
 
     With uniform masses and N = M an optimal plan is a permutation (Birkhoff). For float32 costs a solver compiled by
-    numba (``pip install sfr[fast]``) finds it, several times faster than scipy's assignment solver (Crouse 2016), which
+    numba (the extra ``fast``) finds it, several times faster than scipy's assignment solver (Crouse 2016), which
     takes its place where numba is missing and for float64. Every other problem goes to POT's network simplex (Bonneel
     et al. 2011). All of them release the GIL, and large batches are shared out over ``torch.get_num_threads()``.
 
