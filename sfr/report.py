@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sfr.criterion import SFRLoss
 from sfr.discovery import logits_in
@@ -102,37 +102,42 @@ def report(model: SFRWrapper, example_input: Any, repeats: int = 5) -> Report:
     Args:
         model: the wrapped model; stages not yet discovered are.
         example_input: arguments of one forward, best a batch of the size to be trained with: a tensor, a tuple or a
-            dict. The model must return logits, or an output with ``logits`` or that begins with them.
+            dict. The model returns logits, or an output with ``logits`` or that begins with them; what has fewer than
+            two axes counts as a loss (regression; a detector, which takes its targets, too).
         repeats: timed steps of each kind, >= 1.
 
     Returns:
         A :class:`Report`.
     """
     args, kwargs = split_arguments(example_input)
-    criterion = SFRLoss(model)
-    criterion.labels.sync = False
 
     def forward() -> Tensor:
-        logits = logits_in(model(*args, **kwargs))
+        """Return the logits, or of an output without classes the mean of all numbers, 0-d, as a loss."""
+        output = model(*args, **kwargs)
+        logits = logits_in(output)
         if logits is None:
             raise TypeError("the model returns no logits: no floating-point tensor is in its output")
-        return logits
+        return logits if logits.ndim > 1 else _mean_of(output)
 
     with _unchanged(model):
         logits = forward()
-        target = torch.randint(logits.shape[1], (len(logits), *logits.shape[2:]), device=logits.device)
+        has_classes = logits.ndim > 1
+        criterion = SFRLoss(model, label_loss=None if has_classes else lambda loss, _: loss)
+        criterion.labels.sync = False
+        target = (
+            torch.randint(logits.shape[1], (len(logits), *logits.shape[2:])).to(logits.device) if has_classes else None
+        )
         features = model.take_features(logits)
         stages, pairs = _describe(criterion, features)
 
-        def plain_step() -> None:
-            with model.disable():
-                logits = forward()
-            F.cross_entropy(logits, target).backward()
-
-        def sfr_step() -> None:
+        def step() -> None:
             criterion(forward(), target).backward()
 
-        costs = compare_steps({"plain": plain_step, "sfr": sfr_step}, logits.device, repeats)
+        def plain_step() -> None:
+            with model.disable():
+                step()
+
+        costs = compare_steps({"plain": plain_step, "sfr": step}, logits.device, repeats)
     solver: str = criterion.config.solver
     if solver == "auto":
         solver = f"auto ({default_solver(logits.device)} on {logits.device.type})"
@@ -157,6 +162,12 @@ def _describe(criterion: SFRLoss, features: dict[str, Tensor]) -> tuple[tuple[St
         sizes = (cells(grids[0]), cells(grids[1]))
         pairs.append(PairRow(names[i], names[j], sizes, matched.shape[2], matched.shape[0]))
     return stages, tuple(pairs)
+
+
+def _mean_of(output: Any) -> Tensor:
+    """Return the mean over all floating-point tensors in a model's output."""
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return torch.stack([leaf.float().mean() for leaf in leaves]).mean()
 
 
 @contextmanager

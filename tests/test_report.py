@@ -52,6 +52,32 @@ def test_a_model_without_logits_cannot_be_reported(make_net, batch):
         sfr.SFRWrapper(net, stages=["1", "3"]).report(batch[0])
 
 
+def test_a_regression_of_one_number_an_image_can_be_reported(make_net, batch):
+    net = make_net(classes=1).append(nn.Flatten(0))
+    assert net(batch[0]).shape == (8,)
+    assert len(sfr.SFRWrapper(net, stages=["1", "3", "5"]).report(batch[0], repeats=1).pairs) == 3
+
+
+def test_a_model_that_computes_its_losses_itself_can_be_reported(make_net, batch):
+    class OwnLosses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = make_net()
+            self.seen = []
+
+        def forward(self, x, y):
+            logits = self.net(x)
+            losses = {"class": nn.functional.cross_entropy(logits, y), "size": logits.square().mean()}
+            for loss in losses.values():
+                loss.register_hook(lambda gradient: self.seen.append(gradient.item()))
+            return losses
+
+    net = OwnLosses()
+    report = sfr.SFRWrapper(net, stages=["net.1", "net.3", "net.5"]).report(batch, repeats=1)
+    assert len(report.pairs) == 3
+    assert set(net.seen) == {0.5}  # every step went back through both
+
+
 class Silent(nn.Module):
     def forward(self, x):
         return None
