@@ -142,8 +142,10 @@ PLANS = {
         Round("noise20-16px", "test", range(3), MAIN),
         Round("noise40-16px", "test", range(3), MAIN),
         Round("full-30-16px", "test", range(3), MAIN),
+        Round("noise20-16px", "test", (0,), comparable(PEERS, 16)),
+        Round("noise40-16px", "test", (0,), comparable(PEERS, 16)),
         Round("full-30-16px", "test", (0,), comparable(PEERS, 16)),
-        Round("tenth", "test", range(3), MAIN),
+        Round("tenth", "test", range(3), ("byot", *MAIN)),
     ],
     "gpu": [
         Round("full-200", "test", range(3), MAIN, "resnet18"),
