@@ -170,7 +170,7 @@ class SFRLoss(nn.Module):
             self.last = LossParts(label.detach(), torch.zeros_like(label.detach()), weight)
             return label
         pairs = self._feature_terms(features)
-        feature = torch.stack(list(pairs.values())).mean()
+        feature = torch.stack(list(pairs.values())).mean().to(label.device)
         if not feature.requires_grad:
             self._warn_once(
                 "frozen",
@@ -238,13 +238,14 @@ class SFRLoss(nn.Module):
             (:func:`sfr.nodes.match_channels`); and (B,), which images have finite features.
         """
         config, names = self.config, list(features)
+        device = features[names[-1]].device  # of a model spread over several, where its last stage is
         maps = {name: self.map_of(name, feature) for name, feature in features.items()}
         shapes = {name: spatial_shape(*stage_map) for name, stage_map in maps.items()}
         pooled: dict[tuple[str, Grid], tuple[Tensor, Tensor]] = {}
 
         def nodes_of(name: str, grid: Grid) -> tuple[Tensor, Tensor]:
             if (name, grid) not in pooled:
-                pooled[name, grid] = self._finite(to_nodes(*maps[name], grid))
+                pooled[name, grid] = self._finite(to_nodes(*maps[name], grid).to(device))
             return pooled[name, grid]
 
         for i, j in resolve_pairs(config.pairs, names):

@@ -92,6 +92,14 @@ def test_a_map_can_supervise_one_of_fewer_nodes():
     assert criterion.last.feature > 0
 
 
+def test_nodes_of_a_model_spread_over_devices_meet_where_its_last_stage_is(build, batch):
+    model, criterion = build()
+    model(batch[0])
+    features = model._recorder.features | {"5": torch.empty(8, 32, 4, 4, device="meta")}
+    for _, shallow, deep, finite in criterion.matched_nodes(features):
+        assert {part.device.type for part in (shallow, deep, finite)} == {"meta"}
+
+
 def test_a_vector_stage_is_one_node(make_net, batch):
     model = sfr.SFRWrapper(make_net(), stages=["5", "7"])
     criterion = sfr.SFRLoss(model)

@@ -92,3 +92,23 @@ def test_the_loss_of_the_device_is_close_to_that_of_the_cpu(make_net, batch):
         losses.append(criterion(model(batch[0].to(device)), batch[1].to(device)).item())
         model.unwrap()
     assert losses[0] == pytest.approx(losses[1], rel=0.005)
+
+
+def test_a_model_spread_over_two_devices_gives_the_loss_of_one(make_net, batch):
+    net = make_net()
+
+    def loss_and_gradient(model, target):
+        loss = sfr.SFRLoss(model)(model(batch[0]), target)
+        loss.backward()
+        return loss.item(), net[0].weight.grad.clone()
+
+    whole = sfr.SFRWrapper(net, stages=["1", "3", "5"], weight=1.0, smoothing="none", solver="proximal")
+    expected, gradient = loss_and_gradient(whole, batch[1])
+    whole.unwrap().zero_grad()
+    for layer in net[2:]:
+        layer.cuda()
+        layer.register_forward_pre_hook(lambda _, args: (args[0].cuda(),))
+    spread = sfr.SFRWrapper(net, stages=["1", "3", "5"], weight=1.0, smoothing="none", solver="proximal")
+    found, moved = loss_and_gradient(spread, batch[1].cuda())
+    assert found == pytest.approx(expected, rel=0.005)
+    torch.testing.assert_close(moved, gradient, rtol=0.02, atol=1e-4)
