@@ -61,7 +61,8 @@ class SFRConfig:
         prefix_tokens: tokens in front of a sequence that are no local features (class, distillation, register tokens)
             and are dropped, >= 0; "auto" counts those beyond the map that the sequence comes from.
         weight: λ of the feature term, >= 0. 0.2 is what held-out images picked (docs/accuracy.md); Tf-FD uses 0.005
-            with plain l2; 0 switches the feature term off.
+            with plain l2; 0 switches the feature term off. The term grows with the square of the activations:
+            ``model.report(x)`` says what share of the loss it is.
         warmup: training steps (calls of the criterion) over which λ rises linearly from 0, >= 0.
         pairs: which deep stage supervises which shallow one: "all" (every i < j, as Tf-FD), "last" (the deepest
             supervises all others, as BYOT), "adjacent", or a sequence of (shallow, deep), each a stage name or index.

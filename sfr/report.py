@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sfr.criterion import SFRLoss
+from sfr.criterion import LossParts, SFRLoss
 from sfr.discovery import logits_in
 from sfr.measure import StepCost, compare_steps
 from sfr.nodes import cells, common_grids, match_channels, spatial_shape, to_nodes
@@ -49,6 +49,8 @@ class Report:
     Args:
         stages: the tapped stages, in forward order.
         pairs: the pairs that supervise.
+        loss: the terms of one loss on random labels, with λ as it is after any warm-up; None for a model without
+            classes.
         solver: the transport solver that "auto" stands for on this device.
         plain: time and memory of a step of the plain model with cross-entropy.
         sfr: time and memory of a step of the wrapped model with :class:`sfr.SFRLoss`.
@@ -56,6 +58,7 @@ class Report:
 
     stages: tuple[StageRow, ...]
     pairs: tuple[PairRow, ...]
+    loss: LossParts | None
     solver: str
     plain: StepCost
     sfr: StepCost
@@ -84,6 +87,7 @@ class Report:
                 "",
                 _table(("shallow", "supervised by", "nodes", "channels", "plans"), pairs),
                 "",
+                *([_terms(**self.loss.as_dict())] if self.loss else []),
                 f"solver: {self.solver}",
                 f"step:   {times[0] * 1e3:.1f} ms plain, {times[1] * 1e3:.1f} ms with SFR ({self.time_ratio:.2f}x, "
                 f"medians of {len(self.plain.seconds)}, forward and backward)",
@@ -141,7 +145,8 @@ def report(model: SFRWrapper, example_input: Any, repeats: int = 5) -> Report:
     solver: str = criterion.config.solver
     if solver == "auto":
         solver = f"auto ({default_solver(logits.device)} on {logits.device.type})"
-    return Report(stages, pairs, solver, costs["plain"], costs["sfr"])
+    loss = replace(criterion.last, weight=criterion.config.weight) if has_classes and criterion.last else None
+    return Report(stages, pairs, loss, solver, costs["plain"], costs["sfr"])
 
 
 def _describe(criterion: SFRLoss, features: dict[str, Tensor]) -> tuple[tuple[StageRow, ...], tuple[PairRow, ...]]:
@@ -191,6 +196,13 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(buffers[name])
         for module, mode in modes:
             module.training = mode
+
+
+def _terms(label: float, feature: float, weight: float) -> str:
+    """Return the line of the report on the terms of a loss."""
+    share = weight * feature / (label + weight * feature)
+    hint = ", which outweighs the labels: lower weight=" if share > 0.5 else ""
+    return f"loss:   {label:.3g} label + {weight:g} x {feature:.3g} feature ({share:.0%}{hint}), on random labels"
 
 
 def _table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:

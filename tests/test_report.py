@@ -30,6 +30,22 @@ def test_the_report_shows_stages_pairs_and_cost(make_net, batch):
         assert part in text
 
 
+@pytest.mark.parametrize(("weight", "outweighs"), [(0.0, False), (0.2, False), (1000, True)])
+def test_the_report_shows_the_terms_of_the_loss_and_says_if_the_labels_are_outweighed(
+    make_net, batch, weight, outweighs
+):
+    model = sfr.SFRWrapper(make_net(), weight=weight, warmup=1_000_000)
+    report = model.report(batch[0], repeats=1)
+    parts = report.loss.as_dict()
+    assert parts["label"] == pytest.approx(2.3, abs=0.3)  # of ten classes, untrained
+    assert parts["weight"] == weight
+    assert (parts["feature"] > 0) == (weight > 0)
+    share = weight * parts["feature"] / (parts["label"] + weight * parts["feature"])
+    [line] = [line for line in str(report).splitlines() if line.startswith("loss:")]
+    assert f"({share:.0%}" in line
+    assert ("lower weight=" in line) == outweighs
+
+
 def test_the_report_shows_the_tokens_dropped_and_the_nodes_of_the_rest():
     vit = VisionTransformer(32, 8, embed_dim=16, depth=2, num_heads=2, num_classes=10, reg_tokens=2)
     report = sfr.SFRWrapper(vit, max_grid=3).report(torch.zeros(2, 3, 32, 32), repeats=1)
@@ -55,7 +71,9 @@ def test_a_model_without_logits_cannot_be_reported(make_net, batch):
 def test_a_regression_of_one_number_an_image_can_be_reported(make_net, batch):
     net = make_net(classes=1).append(nn.Flatten(0))
     assert net(batch[0]).shape == (8,)
-    assert len(sfr.SFRWrapper(net, stages=["1", "3", "5"]).report(batch[0], repeats=1).pairs) == 3
+    report = sfr.SFRWrapper(net, stages=["1", "3", "5"]).report(batch[0], repeats=1)
+    assert len(report.pairs) == 3
+    assert "loss:" not in str(report)
 
 
 def test_a_model_that_computes_its_losses_itself_can_be_reported(make_net, batch):
