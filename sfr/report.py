@@ -107,7 +107,7 @@ def report(model: SFRWrapper, example_input: Any, repeats: int = 5) -> Report:
         model: the wrapped model; stages not yet discovered are.
         example_input: arguments of one forward, best a batch of the size to be trained with: a tensor, a tuple or a
             dict. The model returns logits, or an output with ``logits`` or that begins with them; what has fewer than
-            two axes counts as a loss (regression; a detector, which takes its targets, too).
+            two axes, or one column, counts as a loss (regression; a detector, which takes its targets, too).
         repeats: timed steps of each kind, >= 1.
 
     Returns:
@@ -121,7 +121,7 @@ def report(model: SFRWrapper, example_input: Any, repeats: int = 5) -> Report:
         logits = logits_in(output)
         if logits is None:
             raise TypeError("the model returns no logits: no floating-point tensor is in its output")
-        return logits if logits.ndim > 1 else _mean_of(output)
+        return logits if logits.ndim > 1 and logits.shape[1] > 1 else _mean_of(output)
 
     with _unchanged(model):
         logits = forward()

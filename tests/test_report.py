@@ -68,10 +68,12 @@ def test_a_model_without_logits_cannot_be_reported(make_net, batch):
         sfr.SFRWrapper(net, stages=["1", "3"]).report(batch[0])
 
 
-def test_a_regression_of_one_number_an_image_can_be_reported(make_net, batch):
-    net = make_net(classes=1).append(nn.Flatten(0))
-    assert net(batch[0]).shape == (8,)
-    report = sfr.SFRWrapper(net, stages=["1", "3", "5"]).report(batch[0], repeats=1)
+@pytest.mark.parametrize("shape", [(8,), (8, 1)])
+@pytest.mark.parametrize("weight", [0, 0.2])
+def test_a_regression_of_one_number_an_image_can_be_reported(make_net, batch, shape, weight):
+    net = make_net(classes=1).append(nn.Flatten(0) if len(shape) == 1 else nn.Identity())
+    assert net(batch[0]).shape == shape
+    report = sfr.SFRWrapper(net, stages=["1", "3", "5"], weight=weight).report(batch[0], repeats=1)
     assert len(report.pairs) == 3
     assert "loss:" not in str(report)
 
