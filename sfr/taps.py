@@ -56,17 +56,19 @@ class Recorder:
 
     def begin(self) -> None:
         """Start to record a new forward; features nobody used are set aside until the next ones are used."""
+        if not torch.compiler.is_compiling() and self.features:
+            self._note_unused()
         self.unused, self.features = self.features, {}
         self._recording = True
 
-    def note_unused(self) -> None:
+    def _note_unused(self) -> None:
         """Count a forward whose features nobody has used; warn, once, of many in a row."""
         self._unused_in_a_row += 1
         if self._unused_in_a_row == UNUSED_UNTIL_WARNING:
             warnings.warn(
                 f"the features of {UNUSED_UNTIL_WARNING} forwards in a row were not used: SFR has no effect unless "
                 "criterion = sfr.SFRLoss(model) takes the place of your loss. model.disable() trains without it.",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def record(self, name: str, output: Any) -> None:

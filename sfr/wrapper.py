@@ -136,8 +136,6 @@ class SFRWrapper(nn.Module):
         return self._recorded_forward(*args, **kwargs)
 
     def _recorded_forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and self._recorder.features:
-            self._recorder.note_unused()
         self._recorder.begin()
         try:
             output = self._model(*args, **kwargs)
