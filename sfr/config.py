@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 Pairs: TypeAlias = Literal["all", "last", "adjacent"]
 Grouping: TypeAlias = Literal["segments", "mean", "crop", "svd"]
 Layout: TypeAlias = Literal["auto", "channels_first", "channels_last", "tokens", "vector"]
-Cost: TypeAlias = Literal["sqeuclidean", "cosine", "correlation"]
+Cost: TypeAlias = Literal["sqeuclidean", "relative", "balanced", "unit", "cosine", "correlation"]
 Marginals: TypeAlias = Literal["uniform", "cross"]
 Solver: TypeAlias = Literal["auto", "exact", "proximal", "sinkhorn"]
 Smoothing: TypeAlias = Literal["class_mean", "past", "uniform", "none"]

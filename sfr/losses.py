@@ -68,14 +68,34 @@ def emd_l2(
     with torch.autocast(shallow.device.type, enabled=False):
         dtype = torch.promote_types(torch.promote_types(shallow.dtype, deep.dtype), torch.float32)
         shallow, deep = shallow.to(dtype), deep.to(dtype)
+        if cost != "sqeuclidean":
+            shallow, deep = scale_free(shallow, deep, cost)
         a, b = cross_reference(shallow, deep) if marginals == "cross" else (None, None)
-        if cost == "sqeuclidean":
+        if cost not in ("cosine", "correlation"):
             value = _SquaredTransport.apply(shallow, deep, a, b, solver)
         else:
             if cost == "correlation":
                 shallow, deep = (side - side.mean(dim=2, keepdim=True) for side in (shallow, deep))
             value, _ = emd(_cosine_cost(shallow, deep), a, b, solver)
     return value.mean() if reduction == "mean" else value
+
+
+def scale_free(shallow: Tensor, deep: Tensor, cost: Cost) -> tuple[Tensor, Tensor]:
+    """Divide both sides of each problem by a root mean square of its nodes, so that their scale is without effect."""
+    if cost not in ("relative", "balanced"):
+        return shallow / root_mean_square(shallow), deep / root_mean_square(deep)
+    scale = root_mean_square(deep.detach())
+    if cost == "balanced":
+        scale = torch.hypot(scale, root_mean_square(shallow.detach()))
+    return shallow / scale, deep / scale
+
+
+def root_mean_square(nodes: Tensor) -> Tensor:
+    """Return the root mean square of each set of nodes (B, N, C), shape (B, 1, 1), without overflow; 1 for zeros."""
+    largest = nodes.detach().abs().amax(dim=(1, 2), keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    mean = (nodes / largest).square().mean(dim=(1, 2), keepdim=True)
+    return torch.where(mean > 0, mean, 1.0).sqrt() * largest
 
 
 class _SquaredTransport(torch.autograd.Function):

@@ -16,7 +16,8 @@ from torch import Tensor
 from sfr.losses import EMDL2Loss, emd_l2
 
 PROFILE = settings(max_examples=30, deadline=None, database=None, derandomize=True)
-all_costs = pytest.mark.parametrize("cost", ["sqeuclidean", "cosine", "correlation"])
+SCALE_FREE = ["relative", "balanced", "unit", "cosine", "correlation"]
+all_costs = pytest.mark.parametrize("cost", ["sqeuclidean", *SCALE_FREE])
 both_marginals = pytest.mark.parametrize("marginals", ["uniform", "cross"])
 
 
@@ -57,9 +58,25 @@ def cross_reference(own: list[list[float]], other: list[list[float]]) -> list[fl
     return [weight / sum(weights) for weight in weights]
 
 
+def mean_square(nodes: list[list[float]]) -> float:
+    return statistics.mean(x * x for node in nodes for x in node)
+
+
+def scales(s: list[list[float]], d: list[list[float]], cost: str) -> tuple[float, float]:
+    """What the nodes of each side are divided by."""
+    if cost == "relative":
+        return (math.sqrt(mean_square(d)),) * 2
+    if cost == "balanced":
+        return (math.sqrt(mean_square(s) + mean_square(d)),) * 2
+    return (1.0, 1.0) if cost == "sqeuclidean" else (math.sqrt(mean_square(s)), math.sqrt(mean_square(d)))
+
+
 def reference_emd(shallow: Tensor, deep: Tensor, cost: str, marginals: str) -> tuple[float, np.ndarray]:
     """EMD and plan of one image (N, C) against (M, C), with explicit loops."""
     s, d = shallow.tolist(), deep.tolist()
+    by = scales(s, d, cost)
+    s, d = [[x / by[0] for x in node] for node in s], [[x / by[1] for x in node] for node in d]
+    cost = "sqeuclidean" if cost in ("relative", "balanced", "unit") else cost
     n, m = len(s), len(d)
     ground = [[pair_cost(s[p], d[q], cost) for q in range(m)] for p in range(n)]
     if marginals == "cross":
@@ -127,7 +144,7 @@ def test_permuting_the_deep_positions_changes_the_mse() -> None:
     assert abs(float(change)) > 0.01
 
 
-@all_costs
+@pytest.mark.parametrize("cost", ["sqeuclidean", "balanced", "unit", "cosine", "correlation"])
 def test_exchanging_the_sides_changes_no_value(cost: Any) -> None:
     shallow, deep = nodes(3, 5, 4, seed=1), nodes(3, 6, 4, seed=2)
     torch.testing.assert_close(emd_l2(deep, shallow, cost=cost), emd_l2(shallow, deep, cost=cost))
@@ -185,14 +202,14 @@ def test_gradient_of_the_deep_side_is_the_envelope_formula() -> None:
     torch.testing.assert_close(deep.grad, expected)
 
 
-@all_costs
+@pytest.mark.parametrize("cost", ["sqeuclidean", "unit", "cosine", "correlation"])
 @pytest.mark.parametrize(("n", "m"), [(4, 4), (3, 5)])
 def test_gradients_of_both_sides_pass_gradcheck(cost: Any, n: int, m: int) -> None:
     shallow, deep = nodes(2, n, 3, seed=1).requires_grad_(), nodes(2, m, 3, seed=2).requires_grad_()
     assert torch.autograd.gradcheck(lambda s, d: emd_l2(s, d, cost=cost, reduction="none"), (shallow, deep))
 
 
-@all_costs
+@pytest.mark.parametrize("cost", ["sqeuclidean", "cosine", "correlation"])
 def test_cross_marginals_pass_no_gradient(cost: Any) -> None:
     shallow, deep = nodes(1, 3, 4, seed=1).requires_grad_(), nodes(1, 5, 4, seed=2)
     emd_l2(shallow, deep, cost=cost, marginals="cross").backward()
@@ -227,6 +244,24 @@ def shared_plan_problem() -> tuple[Tensor, Tensor, np.ndarray, float]:
                 mean_cost[p][q] += pair_cost(shallow[p].tolist(), segments[g, q].tolist(), "sqeuclidean") / 3
     plan = optimal_plan(mean_cost, [1 / 4] * 4, [1 / 5] * 5)
     return shallow, segments, plan, sum(plan[p, q] * mean_cost[p][q] for p in range(4) for q in range(5))
+
+
+@pytest.mark.parametrize("cost", SCALE_FREE)
+@pytest.mark.parametrize("factor", [1e-30, 1e-3, 1e3, 1e30])
+def test_scale_of_the_features_changes_neither_value_nor_relative_gradient(cost: Any, factor: float) -> None:
+    def value_and_gradient(factor: float) -> tuple[Tensor, Tensor]:
+        shallow = (nodes(2, 4, 3, dtype=torch.float32) * factor).requires_grad_()
+        value = emd_l2(shallow, nodes(2, 4, 3, seed=1, dtype=torch.float32) * factor, cost=cost)
+        value.backward()
+        return value.detach(), shallow.grad * factor
+
+    torch.testing.assert_close(value_and_gradient(factor), value_and_gradient(1.0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scales", [(1e-3, 1e3), (1e3, 1e-3), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
+def test_balanced_distance_is_bounded_whatever_the_scales_of_the_sides(scales: tuple[float, float]) -> None:
+    value = float(emd_l2(scales[0] * nodes(4, 9, 5), scales[1] * nodes(4, 9, 5, seed=1), cost="balanced"))
+    assert 0 <= value <= 2
 
 
 def test_one_plan_for_all_segments_costs_the_emd_to_their_mean_plus_their_variance() -> None:
