@@ -26,8 +26,9 @@ from pathlib import Path
 import torch
 from baselines import parse_arm
 from cell import Cell, Schedule, run_cell
-from images import ROOT, decoded
+from images import ROOT, SOURCES, decoded
 from report import FEATURES, LADDER, PAST, PEERS, comparable
+from small_sets import SMALL_SOURCES
 
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
 CACHE = ROOT / "benchmarks" / ".cache"
@@ -42,6 +43,11 @@ SCHEDULES = {
     "full-30": Schedule(epochs=30),
     "full-30-16px": Schedule(epochs=30, image_size=16),
     "full-200": Schedule(epochs=200),
+    "few-16px": Schedule(epochs=60, per_class=50, image_size=16, precision="fp32"),
+    "full-5-16px": Schedule(epochs=5, image_size=16, precision="fp32"),
+    "vit": Schedule(epochs=30, per_class=200, lr=1e-3, weight_decay=0.05, optimizer="adamw", precision="fp32"),
+    "fine-tune-20": Schedule(30, 20, lr=0.01, weight_decay=1e-4, image_size=128, per_class=20, precision="fp32"),
+    "fine-tune-100": Schedule(10, 20, lr=0.01, weight_decay=1e-4, image_size=128, per_class=100, precision="fp32"),
     "full-200-autoaugment": Schedule(epochs=200, augmentation="autoaugment-cutout"),
 }
 
@@ -219,7 +225,7 @@ def start_cell(cell: Cell, args: argparse.Namespace) -> subprocess.Popen[bytes]:
 def size(cell: Cell) -> int:
     """Return how much there is to train, in images times pixels."""
     schedule = SCHEDULES[cell.schedule]
-    images = 50_000 if schedule.per_class is None else 100 * schedule.per_class
+    images = 50_000 if schedule.per_class is None else SOURCES[cell.dataset].num_classes * schedule.per_class
     return schedule.epochs * images * schedule.image_size**2
 
 
@@ -241,8 +247,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--schedule", choices=SCHEDULES, default="tenth")
     add("--part", choices=["held-out", "test"], default="test", help="what the last epoch is judged on")
-    add("--model", default="resnet20", help="as in examples/train_cifar.py")
-    add("--dataset", choices=["cifar100", "cifar10"], default="cifar100")
+    add("--model", default="resnet20", help="as in examples/train_cifar.py, or of benchmarks/networks.py")
+    add("--dataset", choices=["cifar100", "cifar10", *SMALL_SOURCES], default="cifar100")
     add("--workers", type=int, help="cells that run at once; default: one a core, on a GPU four")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--results", type=Path, default=RESULTS, help="folder of the JSON files")

@@ -14,15 +14,15 @@ import torch
 from baselines import build_arm
 from baselines.arm import Arm, Task
 from corruptions import CORRUPTIONS, SEVERITIES, corrupted
-from images import ROOT, Batches, Parts, few_per_class, load_parts, resized, with_noise
+from images import ROOT, SOURCES, Batches, Parts, few_per_class, load_parts, resized, with_noise
+from networks import build_network
 from overhead import environment
-from torch import Tensor
-from torch.optim import SGD
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
 
 sys.path.insert(0, str(ROOT / "examples"))
-from cifar_data import SOURCES, Labelled
+from cifar_data import Labelled
 from cifar_metrics import classification_scores
-from cifar_models import build_model
 from learning_rate import warmup_then_cosine
 from whole_file import replace_file
 
@@ -33,7 +33,10 @@ CORRUPTED_IMAGES = 2500  # of the test set, for each of 24 corruptions
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a network is trained: SGD with Nesterov momentum 0.9, a short linear warm-up, then one cosine to zero."""
+    """How a network is trained: a short linear warm-up, then one cosine to zero.
+
+    "sgd" has Nesterov momentum 0.9; "adamw" has PyTorch's betas, and gradients clipped to norm 1.
+    """
 
     epochs: int
     batch_size: int = 128
@@ -43,6 +46,8 @@ class Schedule:
     per_class: int | None = None  # labelled images of each class, drawn anew for each seed; None takes all
     label_noise: float = 0.0  # share of the training labels that are replaced by another class
     augmentation: str = "crop-flip"
+    optimizer: str = "sgd"
+    precision: str = "bf16"  # "fp32" is several times faster on a CPU without bfloat16 instructions
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class CellRun:
         self.batches = self._batches_of(self.train.pixels)
 
         torch.manual_seed(cell.seed)
-        self.model = build_model(cell.model, self.num_classes).to(device).to(memory_format=torch.channels_last)
+        self.model = build_network(cell.model, self.num_classes).to(device).to(memory_format=torch.channels_last)
         epoch_steps = len(labels) // schedule.batch_size
         task = Task(
             self.model, self.batches.augmented, self.train.labels, self.num_classes, schedule.epochs, epoch_steps
@@ -88,14 +93,7 @@ class CellRun:
         self.arm: Arm = build_arm(cell.arm, task).to(device).to(memory_format=torch.channels_last)
         if device.type == "cuda":
             self.model.compile()  # now that the arm has hooked what it wants to see
-        self.optimizer = SGD(
-            self.arm.parameters(),
-            schedule.lr,
-            momentum=0.9,
-            nesterov=True,
-            weight_decay=schedule.weight_decay,
-            fused=True,
-        )
+        self.optimizer = optimizer_of(self.arm, schedule)
         self.epochs = round(schedule.epochs * self.arm.epochs_factor)
         self.learning_rate = warmup_then_cosine(self.optimizer, self.epochs * epoch_steps)
         self.curve: list[dict[str, float]] = []
@@ -103,13 +101,19 @@ class CellRun:
 
     def step(self, indices: Tensor) -> Tensor:
         """Take one training step on the training images numbered `indices`; return the loss, 0-d."""
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with self.autocast():
             loss: Tensor = self.arm(indices)
         loss.backward()
+        if self.schedule.optimizer == "adamw":
+            nn.utils.clip_grad_norm_(self.arm.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.learning_rate.step()
         return loss.detach()
+
+    def autocast(self) -> torch.autocast:
+        """Return the context of a forward in the schedule's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.schedule.precision == "bf16")
 
     def train_epoch(self) -> None:
         """Go through the training images once, in whole batches."""
@@ -150,7 +154,7 @@ class CellRun:
     def logits(self, images: Batches, indices: Tensor) -> Tensor:
         """Return the logits (N, K), float32 on the CPU, of the images numbered `indices`, as they are."""
         self.arm.eval()
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with self.autocast():
             parts = [self.model(images.plain(part)).float().cpu() for part in indices.split(EVALUATION_BATCH)]
         return torch.cat(parts)
 
@@ -217,6 +221,14 @@ def run_cell(
         }
     replace_file(file, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
     state_file.unlink(missing_ok=True)
+
+
+def optimizer_of(arm: Arm, schedule: Schedule) -> Optimizer:
+    if schedule.optimizer == "adamw":
+        return AdamW(arm.parameters(), schedule.lr, weight_decay=schedule.weight_decay, fused=True)
+    return SGD(
+        arm.parameters(), schedule.lr, momentum=0.9, nesterov=True, weight_decay=schedule.weight_decay, fused=True
+    )
 
 
 def judged(logits: Tensor, labels: Tensor) -> dict[str, float]:

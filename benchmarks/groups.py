@@ -13,6 +13,7 @@ from typing import Any
 Record = dict[str, Any]
 Measure = Callable[[Record], float]
 Scores = dict[int, float]  # by seed
+LATER_FIELDS = {"optimizer": "sgd", "precision": "bf16"}  # of a schedule, which the oldest records do not name
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def sort_key(record: Record) -> tuple[Any, ...]:
         cell["dataset"],
         cell["model"],
         cell["schedule"],
-        json.dumps(record["schedule"], sort_keys=True),
+        json.dumps(LATER_FIELDS | record["schedule"], sort_keys=True),
     )
     return (*kind, cell["arm"], cell["seed"])
 

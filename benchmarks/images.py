@@ -1,4 +1,4 @@
-"""CIFAR in memory, cut, flipped and normalised a whole batch at a time, on whatever device it lies."""
+"""Images in memory, cut, flipped and normalised a whole batch at a time, on whatever device it lies."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from torchvision.transforms import v2
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
-from cifar_data import IMAGE_SIZE, SOURCES, Labelled, hold_out, load_splits  # noqa: E402
+from cifar_data import IMAGE_SIZE, Labelled, hold_out, load_splits  # noqa: E402
+from cifar_data import SOURCES as CIFAR_SOURCES  # noqa: E402
+from small_sets import SMALL_SOURCES, load_small  # noqa: E402
 from whole_file import replace_file  # noqa: E402
 
-HELD_OUT = 5000  # of CIFAR's 50,000 training images, for every choice that is made
+SOURCES = CIFAR_SOURCES | SMALL_SOURCES
+HELD_OUT = 0.1  # of CIFAR's 50,000 training images, for every choice that is made
+HELD_OUT_SMALL = 0.2  # of a small data set
 POLICY_GROUP = 8  # images that share one draw of AutoAugment
 
 
@@ -35,17 +39,25 @@ def load_parts(dataset: str, data_dir: Path | None, cache: Path, part: str) -> P
     train, test = (Labelled(*split) for split in torch.load(decoded(dataset, data_dir, cache)))
     if part == "test":
         return Parts(train, test)
-    return Parts(*hold_out(train, HELD_OUT / len(train.labels)))
+    return Parts(*hold_out(train, HELD_OUT_SMALL if dataset in SMALL_SOURCES else HELD_OUT))
 
 
 def decoded(dataset: str, data_dir: Path | None, cache: Path) -> Path:
     """Return the file of a data set's decoded images, pixels and labels of training and test; made if it is missing."""
     file = cache / f"{dataset}.pt"
     if not file.exists():
-        splits = load_splits(dataset, data_dir)
+        parts = both_parts(dataset, data_dir)
         cache.mkdir(parents=True, exist_ok=True)
-        replace_file(file, lambda path: torch.save([tuple(part.data) for part in (splits.train, splits.test)], path))
+        replace_file(file, lambda path: torch.save([tuple(part) for part in parts], path))
     return file
+
+
+def both_parts(dataset: str, data_dir: Path | None) -> tuple[Labelled, Labelled]:
+    """Return all training and all test images of a data set."""
+    if dataset in SMALL_SOURCES:
+        return load_small(dataset, data_dir)
+    splits = load_splits(dataset, data_dir)
+    return splits.train.data, splits.test.data
 
 
 def few_per_class(data: Labelled, per_class: int, generator: torch.Generator) -> Labelled:
@@ -69,7 +81,7 @@ def with_noise(labels: Tensor, share: float, num_classes: int, generator: torch.
 
 
 def resized(pixels: Tensor, size: int) -> Tensor:
-    """Return uint8 images (N, 3, 32, 32) averaged down to (N, 3, size, size)."""
+    """Return uint8 images (N, 3, S, S) averaged down to (N, 3, size, size)."""
     if size == pixels.shape[-1]:
         return pixels
     parts = [F.adaptive_avg_pool2d(part.float(), size).round().byte() for part in pixels.split(4096)]

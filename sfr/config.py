@@ -101,6 +101,7 @@ class SFRConfig:
     layout: Layout = "auto"
     prefix_tokens: int | Literal["auto"] = "auto"
     weight: float = 0.2
+    max_share: float | None = None
     warmup: int = 0
     pairs: Pairs | Sequence[tuple[int | str, int | str]] = "all"
     detach_deep: bool = True

@@ -177,6 +177,9 @@ class SFRLoss(nn.Module):
                 "all the supervised stages are frozen: the feature term takes time and trains nothing. Unfreeze them, "
                 "or train inside model.disable() as long as they are frozen.",
             )
+        if self.config.max_share is not None:
+            most = self.config.max_share / (1 - self.config.max_share) * label.detach() / (weight * feature.detach())
+            weight = weight * float(most.clamp(max=1.0))
         self.last = LossParts(
             label.detach(), feature.detach(), weight, {name: term.detach() for name, term in pairs.items()}
         )
