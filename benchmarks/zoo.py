@@ -143,7 +143,7 @@ def attempt(name: str, group: str, config: dict[str, Any]) -> Record:
     logits = logits_of(model(inputs))
     features = model.take_features(logits)
     views = {stage: criterion.view_of(stage, feature) for stage, feature in features.items()}
-    terms = criterion._feature_terms(features)  # each alone, to see where it sends a gradient
+    terms, _ = criterion._feature_terms(features)  # each alone, to see where it sends a gradient
     result = {
         "input": list(inputs.shape[1:]),
         "parameters": sum(parameter.numel() for parameter in plain.parameters()),

@@ -1,7 +1,7 @@
 """sfr: deep features of a network supervise its own shallow ones, in two lines of any PyTorch training loop."""
 
 from sfr import transport
-from sfr.config import SFRConfig
+from sfr.config import Ramp, SFRConfig
 from sfr.criterion import LossParts, SFRLoss
 from sfr.labels import DynamicLabelSmoothing, smooth_labels
 from sfr.losses import EMDL2Loss, emd_l2
@@ -14,6 +14,7 @@ __all__ = [
     "DynamicLabelSmoothing",
     "EMDL2Loss",
     "LossParts",
+    "Ramp",
     "SFRConfig",
     "SFRLoss",
     "SFRWrapper",

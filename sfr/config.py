@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 Pairs: TypeAlias = Literal["all", "last", "adjacent"]
 Grouping: TypeAlias = Literal["segments", "mean", "crop", "svd"]
 Layout: TypeAlias = Literal["auto", "channels_first", "channels_last", "tokens", "vector"]
-Cost: TypeAlias = Literal["sqeuclidean", "relative", "balanced", "unit", "cosine", "correlation"]
+Cost: TypeAlias = Literal["cosine", "sqeuclidean", "correlation"]
 Marginals: TypeAlias = Literal["uniform", "cross"]
 Solver: TypeAlias = Literal["auto", "exact", "proximal", "sinkhorn"]
 Smoothing: TypeAlias = Literal["class_mean", "past", "uniform", "none"]
@@ -48,6 +48,44 @@ def check_num_samples(smoothing: Smoothing, value: int | None) -> None:
 
 
 @dataclass(frozen=True)
+class Ramp:
+    """A number that moves linearly with the training step, and then stays.
+
+    It is `start` for the first `after` steps, moves from there to `end` over `steps` steps, and stays at `end`. So it
+    goes up (``Ramp(0, 0.2, 1000)``), down (``Ramp(0.2, 0, 10_000)``) or is cut off (``Ramp(0.2, 0, 1, after=5000)``).
+
+    Args:
+        start: first value, >= 0.
+        end: last value, >= 0.
+        steps: training steps that the move takes, >= 1.
+        after: training steps before it, >= 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value got and what is allowed.
+
+    Example:
+        >>> weight = Ramp(0, 0.2, steps=4)
+        >>> [round(weight.at(step), 2) for step in range(6)]
+        [0.0, 0.05, 0.1, 0.15, 0.2, 0.2]
+    """
+
+    start: float
+    end: float
+    steps: int
+    after: int = 0
+
+    def __post_init__(self) -> None:
+        check_number("Ramp: start", self.start, 0)
+        check_number("Ramp: end", self.end, 0)
+        check_number("Ramp: steps", self.steps, 1, whole=True)
+        check_number("Ramp: after", self.after, 0, whole=True)
+
+    def at(self, step: int) -> float:
+        """Return the value after `step` training steps."""
+        return self.start + (self.end - self.start) * min(1.0, max(0, step - self.after) / self.steps)
+
+
+@dataclass(frozen=True)
 class SFRConfig:
     """Every switch of self-feature regularization.
 
@@ -60,10 +98,9 @@ class SFRConfig:
         layout: memory layout of the stage outputs; "auto" infers it from their shape and the layers of the stage.
         prefix_tokens: tokens in front of a sequence that are no local features (class, distillation, register tokens)
             and are dropped, >= 0; "auto" counts those beyond the map that the sequence comes from.
-        weight: λ of the feature term, >= 0. 0.2 is what held-out images picked (docs/accuracy.md); Tf-FD uses 0.005
-            with plain l2; 0 switches the feature term off. The term grows with the square of the activations:
-            ``model.report(x)`` says what share of the loss it is.
-        warmup: training steps (calls of the criterion) over which λ rises linearly from 0, >= 0.
+        weight: λ of the feature term, >= 0, or a :class:`Ramp`. With the default cost the term lies between 0 and 2
+            on any network, and mostly below 1, so that 0.25 adds at most a quarter to the loss. 0 switches it off.
+        warmup: training steps (calls of the criterion) over which λ rises linearly from 0, >= 0; not beside a ramp.
         pairs: which deep stage supervises which shallow one: "all" (every i < j, as Tf-FD), "last" (the deepest
             supervises all others, as BYOT), "adjacent", or a sequence of (shallow, deep), each a stage name or index.
         detach_deep: stop the gradient at the deep side, so that it supervises and is not dragged along.
@@ -71,14 +108,17 @@ class SFRConfig:
         grouping: how many deep channels supervise few shallow ones: "segments" (one plan per segment), "mean" (one
             plan, on the mean of the segments), "crop" (the first channels only, as Tf-FD), "svd" (the principal
             directions of the batch's deep nodes, after KDEP). Our reading.
-        cost: ground cost between two local features: "sqeuclidean" (mean over channels), "cosine" (1 - cos) or
-            "correlation" (1 - Pearson's r over the channels).
+        cost: ground cost between two local features: "cosine" (1 - cos; the scale of the features has no effect),
+            "correlation" (1 - Pearson's r over the channels; nor has an offset), or "sqeuclidean" (mean over channels;
+            it grows with the square of the activations, outweighs the labels of pretrained networks, and makes
+            transformers diverge).
         marginals: mass of each local feature: "uniform" or "cross" (DeepEMD's cross-reference weights).
         solver: "exact" (on the CPU), "proximal" or "sinkhorn" (batched, on the device), "auto": exact for CPU tensors,
             proximal elsewhere.
-        smoothing: label term: "class_mean" (dynamic label smoothing), "past" (towards what the network said of the same
-            sample when it last saw it, as PS-KD; the criterion then needs `index`), "uniform" or "none" (plain
-            cross-entropy).
+        smoothing: label term: "none" (plain cross-entropy), "class_mean" (dynamic label smoothing: targets move towards
+            what the network predicts for the class; for training long enough to fit the labels), "past" (towards what
+            it predicted for the same sample when it last saw it, as PS-KD; the criterion then needs `index`), or
+            "uniform".
         num_samples: samples of the training set, >= 1; for "past", which needs it, and for nothing else.
         alpha: weight of the smoothing distribution in the target, in [0, 1]. None means 0.5 for "class_mean" (Zhang
             et al., arXiv 2011.12562) and "past", 0.1 for "uniform"; with "class_mean" soft targets (MixUp, CutMix)
@@ -100,17 +140,16 @@ class SFRConfig:
     stages: str | Sequence[str] | None = None
     layout: Layout = "auto"
     prefix_tokens: int | Literal["auto"] = "auto"
-    weight: float = 0.2
-    max_share: float | None = None
+    weight: float | Ramp = 0.25
     warmup: int = 0
     pairs: Pairs | Sequence[tuple[int | str, int | str]] = "all"
     detach_deep: bool = True
     max_grid: int = 4
     grouping: Grouping = "mean"
-    cost: Cost = "sqeuclidean"
+    cost: Cost = "cosine"
     marginals: Marginals = "uniform"
     solver: Solver = "auto"
-    smoothing: Smoothing = "class_mean"
+    smoothing: Smoothing = "none"
     num_samples: int | None = None
     alpha: float | None = None
     alpha_end: float | None = None
@@ -129,8 +168,7 @@ class SFRConfig:
         check_choice("update", self.update, Update)
         if self.prefix_tokens != "auto":
             check_number("prefix_tokens", self.prefix_tokens, 0, whole=True)
-        check_number("weight", self.weight, 0)
-        check_number("warmup", self.warmup, 0, whole=True)
+        self._check_weight()
         check_number("max_grid", self.max_grid, 1, whole=True)
         check_number("alpha_steps", self.alpha_steps, 1, whole=True)
         check_number("momentum", self.momentum, 1e-6, 1)
@@ -152,6 +190,26 @@ class SFRConfig:
             if not all(isinstance(name, str) for name in stages):
                 raise TypeError(f"stages must be names, a regular expression or None; got {self.stages!r}")
             self._freeze("stages", stages)
+
+    def _check_weight(self) -> None:
+        check_number("warmup", self.warmup, 0, whole=True)
+        if isinstance(self.weight, Mapping):  # a ramp that went through JSON
+            object.__setattr__(self, "weight", Ramp(**self.weight))
+        if not isinstance(self.weight, Ramp):
+            check_number("weight", self.weight, 0)
+        elif self.warmup:
+            raise ValueError("warmup has no effect beside weight=Ramp(...), which says itself how the weight rises")
+
+    def weight_at(self, step: int) -> float:
+        """Return λ of training step `step`, counted from 1."""
+        if isinstance(self.weight, Ramp):
+            return self.weight.at(step)
+        return self.weight * (min(1.0, step / self.warmup) if self.warmup else 1.0)
+
+    @property
+    def largest_weight(self) -> float:
+        """The largest λ of a training."""
+        return max(self.weight.start, self.weight.end) if isinstance(self.weight, Ramp) else self.weight
 
     def _freeze(self, name: str, value: tuple[Any, ...]) -> None:
         object.__setattr__(self, name, value)

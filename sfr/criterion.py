@@ -14,13 +14,18 @@ from sfr.compiling import eager
 from sfr.config import IGNORE_INDEX, Layout, SFRConfig
 from sfr.discovery import assumed_view
 from sfr.labels import DynamicLabelSmoothing, checked_target, cross_entropy
-from sfr.losses import emd_l2
+from sfr.losses import emd_l2, relative_distance
 from sfr.nodes import Grid, View, as_map, common_grids, match_channels, spatial_shape, to_nodes
 from sfr.stages import resolve_pairs
 from sfr.wrapper import SFRWrapper
 
 # How often the flag of non-finite features is read where that makes the host wait for the device.
 CHECK_EVERY = 100
+# A feature term that is more than this share of the loss for so many steps is warned of; where reading it makes the
+# host wait, it is read as often as that.
+LARGE_SHARE, LARGE_STEPS = 1 / 3, 50
+# Less than this share of the largest label term so far is never too much: the labels are fitted.
+SMALL_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -32,27 +37,46 @@ class LossParts:
         feature: the feature term before weighting, 0-d; zero where the weight is zero.
         weight: λ of this step.
         pairs: the feature term of each pair, by "shallow <- deep".
+        distances: how far apart the two sides of each pair are under its plan: their feature term; with the cost
+            "sqeuclidean", the term over the sum of the mean squares of both sides.
     """
 
     label: Tensor
     feature: Tensor
     weight: float
     pairs: dict[str, Tensor] = field(default_factory=dict)
+    distances: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def similarity(self) -> dict[str, Tensor]:
+        """How alike the two sides of each pair are, at most 1: 1 means equal nodes, 0 unrelated ones."""
+        return {pair: 1 - distance for pair, distance in self.distances.items()}
+
+    @property
+    def share(self) -> Tensor:
+        """The share of the weighted feature term in the loss, 0-d; 0 for a loss of zero."""
+        weighted = self.weight * self.feature
+        return (weighted / (self.label.abs() + weighted)).nan_to_num(nan=0.0)
 
     def as_dict(self) -> dict[str, float]:
-        """Return label, feature and weight as floats for a log; waits for the device."""
-        return {"label": self.label.item(), "feature": self.feature.item(), "weight": self.weight}
+        """Return label, feature, weight, share and "similarity shallow <- deep" of each pair for a log.
+
+        It waits for the device.
+        """
+        parts = {"label": self.label, "feature": self.feature, "share": self.share}
+        parts |= {f"similarity {pair}": value for pair, value in self.similarity.items()}
+        return {"weight": self.weight} | {name: value.item() for name, value in parts.items()}
 
 
 class SFRLoss(nn.Module):
     r"""The criterion of self-feature regularization; takes the place of ``nn.CrossEntropyLoss()``.
 
-    .. math:: L = L_\text{label} + \lambda \min(1, t / \text{warmup}) \, L_\text{feature}
+    .. math:: L = L_\text{label} + \lambda_t \, L_\text{feature}
 
-    The feature term is the mean over the (shallow, deep) pairs of :func:`sfr.emd_l2` between their nodes, the label
-    term :class:`sfr.DynamicLabelSmoothing`; both are configured by the wrapper's :class:`sfr.SFRConfig`. The state
-    (steps, label statistics) is in ``state_dict()``, so that a run resumes exactly
-    (Accelerate: ``accelerator.register_for_checkpointing(criterion)``).
+    The feature term is the mean over the (shallow, deep) pairs of :func:`sfr.emd_l2` between their nodes. The label
+    term is cross-entropy, or with ``smoothing=`` :class:`sfr.DynamicLabelSmoothing`. Both are configured by the
+    wrapper's :class:`sfr.SFRConfig`. The state (steps, label statistics) is in ``state_dict()``, so that a run resumes
+    exactly (Accelerate: ``accelerator.register_for_checkpointing(criterion)``).
 
     Segmentation needs nothing else: logits (B, K, H, W) and labels (B, H, W), of which those that are the
     configuration's ``ignore_index`` are left out. The feature term, without labels, is of the whole images.
@@ -66,7 +90,9 @@ class SFRLoss(nn.Module):
     In ``criterion.eval()``, under ``torch.no_grad()`` and inside ``model.disable()`` it is the plain cross-entropy, or
     `label_loss` alone, for a validation loss that compares with other methods.
 
-    A sample whose features are not finite has a feature term of zero, with one warning; training goes on. Where all
+    A sample whose features are not finite has a feature term of zero, with one warning; training goes on. One warning
+    says so if the feature term stays above a third of the loss for 50 steps, unless that is only because the labels
+    are fitted (it is then less than a tenth of the largest label term so far). Where all
     supervised stages are frozen, one warning says that the feature term trains nothing. Under ``torch.compile`` the
     criterion runs eagerly, as a whole.
 
@@ -84,7 +110,7 @@ class SFRLoss(nn.Module):
         >>> criterion = SFRLoss(model)
         >>> criterion(model(torch.randn(2, 3, 16, 16)), torch.tensor([3, 7])).backward()
         >>> sorted(criterion.last.as_dict())
-        ['feature', 'label', 'weight']
+        ['feature', 'label', 'share', 'similarity 0 <- 1', 'weight']
     """
 
     _model: SFRWrapper
@@ -114,6 +140,8 @@ class SFRLoss(nn.Module):
         self.last: LossParts | None = None
         self._views: dict[str, View] = {}
         self._nonfinite = None
+        self._large_since: int | None = None
+        self._largest_label = 0.0
         self._warned: set[str] = set()
 
     @property
@@ -123,8 +151,7 @@ class SFRLoss(nn.Module):
 
     def current_weight(self) -> float:
         """Return λ of the step under way or, between steps, of the last one."""
-        warmup = self.config.warmup
-        return self.config.weight * (min(1.0, self.step / warmup) if warmup else 1.0)
+        return self.config.weight_at(self.step)
 
     @eager
     def forward(
@@ -169,7 +196,7 @@ class SFRLoss(nn.Module):
         if weight == 0:
             self.last = LossParts(label.detach(), torch.zeros_like(label.detach()), weight)
             return label
-        pairs = self._feature_terms(features)
+        pairs, distances = self._feature_terms(features)
         feature = torch.stack(list(pairs.values())).mean().to(label.device)
         if not feature.requires_grad:
             self._warn_once(
@@ -177,12 +204,9 @@ class SFRLoss(nn.Module):
                 "all the supervised stages are frozen: the feature term takes time and trains nothing. Unfreeze them, "
                 "or train inside model.disable() as long as they are frozen.",
             )
-        if self.config.max_share is not None:
-            most = self.config.max_share / (1 - self.config.max_share) * label.detach() / (weight * feature.detach())
-            weight = weight * float(most.clamp(max=1.0))
-        self.last = LossParts(
-            label.detach(), feature.detach(), weight, {name: term.detach() for name, term in pairs.items()}
-        )
+        terms = {name: term.detach() for name, term in pairs.items()}
+        self.last = LossParts(label.detach(), feature.detach(), weight, terms, distances or terms)
+        self._warn_of_a_large_share(self.last)
         return label + weight * feature
 
     def _plain(self, logits: Tensor, target: Any) -> Tensor:
@@ -218,17 +242,18 @@ class SFRLoss(nn.Module):
             self._views[name] = seen or assumed_view(self._model.stage(name), feature, self.config)
         return self._views[name]
 
-    def _feature_terms(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the feature term of every pair."""
-        config, terms = self.config, {}
+    def _feature_terms(self, features: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the feature term of every pair, and where they are not the terms the distances for the log."""
+        config, terms, distances = self.config, {}, {}
         for pair, shallow, deep, finite in self.matched_nodes(features):
             values = emd_l2(
                 shallow, deep, cost=config.cost, marginals=config.marginals, solver=config.solver, reduction="none"
             )
-            per_image = values.reshape(len(finite), -1).mean(dim=1)
-            terms[pair] = (per_image * finite).mean()
+            terms[pair] = (values.reshape(len(finite), -1).mean(dim=1) * finite).mean()
+            if config.cost == "sqeuclidean":
+                distances[pair] = relative_distance(values.detach(), shallow.detach(), deep.detach())
         self._warn_of_nonfinite()
-        return terms
+        return terms, distances
 
     def matched_nodes(self, features: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
         """Yield for every pair of stages what the transport is between.
@@ -261,8 +286,13 @@ class SFRLoss(nn.Module):
             yield f"{names[i]} <- {names[j]}", *matched, shallow_finite & deep_finite
 
     def _finite(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """Zero the nodes of images that hold a non-finite value; return them and which images are sound."""
-        finite = nodes.isfinite().all(dim=2).all(dim=1)
+        """Zero the nodes of images that hold a non-finite value; return them and which images are sound.
+
+        The squared distance needs values whose squares can be summed, too.
+        """
+        squares = self.config.cost == "sqeuclidean"
+        values = 4 * nodes.detach().square().sum(dim=2, keepdim=True) if squares else nodes.detach()
+        finite = values.isfinite().all(dim=2).all(dim=1)
         if "nonfinite" not in self._warned:
             found = ~finite.detach().all()
             self._nonfinite = found if self._nonfinite is None else self._nonfinite | found
@@ -278,6 +308,24 @@ class SFRLoss(nn.Module):
                 "nonfinite",
                 f"non-finite features at or before step {self.step}: their images get a feature term of zero. "
                 "Look at the learning rate and, with float16, at the loss scale.",
+            )
+
+    def _warn_of_a_large_share(self, parts: LossParts) -> None:
+        """Warn, once, if the feature term has been a large share of the loss for many steps."""
+        if "share" in self._warned or (parts.label.device.type != "cpu" and self.step % LARGE_STEPS):
+            return
+        share, label = float(parts.share), float(parts.label)
+        self._largest_label = max(self._largest_label, label)
+        if share <= LARGE_SHARE or parts.weight * float(parts.feature) <= SMALL_SHARE * self._largest_label:
+            self._large_since = None
+        elif self._large_since is None:
+            self._large_since = self.step
+        if self._large_since is not None and self.step - self._large_since >= LARGE_STEPS - 1:
+            self._warn_once(
+                "share",
+                f"the feature term has been more than a third of the loss for {LARGE_STEPS} steps (now {share:.0%}). "
+                f"It may keep the network from learning its labels: lower weight={self.config.weight}, or let it fall "
+                "with weight=sfr.Ramp(...).",
             )
 
     def _warn_once(self, kind: str, message: str) -> None:

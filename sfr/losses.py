@@ -36,7 +36,8 @@ def emd_l2(
         deep: nodes, shape (B, M, C), floating.
         cost: "sqeuclidean", the squared l2 distance as a mean over channels (scale of ``F.mse_loss``); "cosine",
             ``1 - cos``, in [0, 2]; or "correlation", the same of nodes centred over their channels, which neither
-            scale nor a common offset of the channels (as of features after a ReLU) changes.
+            scale nor a common offset of the channels (as of features after a ReLU) changes. In both the cosine of
+            nodes shorter than a thousandth of the root mean square length of their set goes to 0.
         marginals: "uniform" or "cross", DeepEMD's cross-reference weights ``relu(<s_p, mean_q d_q>) + 1e-3``,
             normalised, without gradient.
         solver: see :func:`sfr.transport.solve`.
@@ -69,9 +70,10 @@ def emd_l2(
         dtype = torch.promote_types(torch.promote_types(shallow.dtype, deep.dtype), torch.float32)
         shallow, deep = shallow.to(dtype), deep.to(dtype)
         if cost != "sqeuclidean":
-            shallow, deep = scale_free(shallow, deep, cost)
+            # Squares of very large and very small features become representable, and no angle changes.
+            shallow, deep = (side / root_mean_square(side) for side in (shallow, deep))
         a, b = cross_reference(shallow, deep) if marginals == "cross" else (None, None)
-        if cost not in ("cosine", "correlation"):
+        if cost == "sqeuclidean":
             value = _SquaredTransport.apply(shallow, deep, a, b, solver)
         else:
             if cost == "correlation":
@@ -80,22 +82,22 @@ def emd_l2(
     return value.mean() if reduction == "mean" else value
 
 
-def scale_free(shallow: Tensor, deep: Tensor, cost: Cost) -> tuple[Tensor, Tensor]:
-    """Divide both sides of each problem by a root mean square of its nodes, so that their scale is without effect."""
-    if cost not in ("relative", "balanced"):
-        return shallow / root_mean_square(shallow), deep / root_mean_square(deep)
-    scale = root_mean_square(deep.detach())
-    if cost == "balanced":
-        scale = torch.hypot(scale, root_mean_square(shallow.detach()))
-    return shallow / scale, deep / scale
-
-
+@torch.no_grad()
 def root_mean_square(nodes: Tensor) -> Tensor:
-    """Return the root mean square of each set of nodes (B, N, C), shape (B, 1, 1), without overflow; 1 for zeros."""
-    largest = nodes.detach().abs().amax(dim=(1, 2), keepdim=True)
-    largest = torch.where(largest > 0, largest, 1.0)
-    mean = (nodes / largest).square().mean(dim=(1, 2), keepdim=True)
-    return torch.where(mean > 0, mean, 1.0).sqrt() * largest
+    """Return the root mean square of each set of nodes (B, N, C), shape (B, 1, 1), without overflow.
+
+    Where all nodes are zero it is the smallest normal number, by which zeros can be divided.
+    """
+    tiny = torch.finfo(nodes.dtype).tiny
+    largest = nodes.abs().amax(dim=(1, 2), keepdim=True).clamp_min(tiny)
+    mean_square = (nodes / largest).square().mean(dim=(1, 2), keepdim=True)
+    return (mean_square.sqrt() * largest).clamp_min(tiny)
+
+
+def relative_distance(values: Tensor, shallow: Tensor, deep: Tensor) -> Tensor:
+    """Return the mean over problems of squared distances (B,) over the sum of the mean squares of the nodes, 0-d."""
+    scale = torch.hypot(root_mean_square(shallow), root_mean_square(deep)).flatten()
+    return (values.sqrt() / scale).square().mean()
 
 
 class _SquaredTransport(torch.autograd.Function):
@@ -139,7 +141,9 @@ def _squared_cost(shallow: Tensor, deep: Tensor) -> Tensor:
 
 
 def _cosine_cost(shallow: Tensor, deep: Tensor) -> Tensor:
-    return 1.0 - F.normalize(shallow, dim=2) @ F.normalize(deep, dim=2).transpose(1, 2)
+    # Of a node that is almost zero the direction is noise, and its gradient would have no bound.
+    eps = 1e-3 * shallow.shape[2] ** 0.5
+    return 1.0 - F.normalize(shallow, dim=2, eps=eps) @ F.normalize(deep, dim=2, eps=eps).transpose(1, 2)
 
 
 @torch.no_grad()

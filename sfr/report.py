@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sfr.criterion import LossParts, SFRLoss
+from sfr.criterion import LARGE_SHARE, LossParts, SFRLoss
 from sfr.discovery import logits_in
 from sfr.measure import StepCost, compare_steps
 from sfr.nodes import cells, common_grids, match_channels, spatial_shape, to_nodes
 from sfr.stages import resolve_pairs
 from sfr.transport import default_solver
 from sfr.wrapper import SFRWrapper, split_arguments
+
+# Shares of the feature term in the first loss: between the two it is as it should be.
+WEAK_SHARE, STRONG_SHARE = 0.005, 0.1
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Report:
     Args:
         stages: the tapped stages, in forward order.
         pairs: the pairs that supervise.
-        loss: the terms of one loss on random labels, with λ as it is after any warm-up; None for a model without
+        loss: the terms of one loss on random labels, with the largest λ of the training; None for a model without
             classes.
         solver: the transport solver that "auto" stands for on this device.
         plain: time and memory of a step of the plain model with cross-entropy.
@@ -87,7 +90,7 @@ class Report:
                 "",
                 _table(("shallow", "supervised by", "nodes", "channels", "plans"), pairs),
                 "",
-                *([_terms(**self.loss.as_dict())] if self.loss else []),
+                *(_terms(self.loss) if self.loss else []),
                 f"solver: {self.solver}",
                 f"step:   {times[0] * 1e3:.1f} ms plain, {times[1] * 1e3:.1f} ms with SFR ({self.time_ratio:.2f}x, "
                 f"medians of {len(self.plain.seconds)}, forward and backward)",
@@ -145,7 +148,7 @@ def report(model: SFRWrapper, example_input: Any, repeats: int = 5) -> Report:
     solver: str = criterion.config.solver
     if solver == "auto":
         solver = f"auto ({default_solver(logits.device)} on {logits.device.type})"
-    loss = replace(criterion.last, weight=criterion.config.weight) if has_classes and criterion.last else None
+    loss = replace(criterion.last, weight=criterion.config.largest_weight) if has_classes and criterion.last else None
     return Report(stages, pairs, loss, solver, costs["plain"], costs["sfr"])
 
 
@@ -198,11 +201,22 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _terms(label: float, feature: float, weight: float) -> str:
-    """Return the line of the report on the terms of a loss."""
-    share = weight * feature / (label + weight * feature)
-    hint = ", which outweighs the labels: lower weight=" if share > 0.5 else ""
-    return f"loss:   {label:.3g} label + {weight:g} x {feature:.3g} feature ({share:.0%}{hint}), on random labels"
+def _terms(loss: LossParts) -> list[str]:
+    """Return the lines of the report on the terms of a loss."""
+    parts = loss.as_dict()
+    terms = f"{parts['label']:.3g} label + {loss.weight:g} x {parts['feature']:.3g} feature"
+    return [f"loss:   {terms} (share {parts['share']:.1%}), on random labels", f"        {effect_of(parts['share'])}"]
+
+
+def effect_of(share: float) -> str:
+    """Return what a feature term of this share in the first loss will do."""
+    if share > LARGE_SHARE:
+        return "The feature term outweighs the labels: the network may not learn them. Lower weight=."
+    if share > STRONG_SHARE:
+        return "A strong regularizer from the first step: compare with plain training, or lower weight=."
+    if share > WEAK_SHARE:
+        return "A mild regularizer: the labels lead, and the feature term counts more as they are fitted."
+    return "Next to no effect at first: the weight is zero or the stages are alike, and it grows as they part."
 
 
 def _table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:

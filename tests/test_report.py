@@ -30,20 +30,30 @@ def test_the_report_shows_stages_pairs_and_cost(make_net, batch):
         assert part in text
 
 
-@pytest.mark.parametrize(("weight", "outweighs"), [(0.0, False), (0.2, False), (1000, True)])
-def test_the_report_shows_the_terms_of_the_loss_and_says_if_the_labels_are_outweighed(
-    make_net, batch, weight, outweighs
-):
-    model = sfr.SFRWrapper(make_net(), weight=weight, warmup=1_000_000)
+@pytest.mark.parametrize(
+    ("weight", "effect"),
+    [
+        (0.0, "Next to no effect"),
+        (0.2, "A mild regularizer"),
+        (2, "A strong regularizer"),
+        (1000, "outweighs the labels"),
+        (sfr.Ramp(1000, 0, 10), "outweighs the labels"),
+    ],
+)
+def test_the_report_shows_the_terms_of_the_loss_and_what_they_will_do(make_net, batch, weight, effect):
+    warmup = {} if isinstance(weight, sfr.Ramp) else {"warmup": 1_000_000}
+    model = sfr.SFRWrapper(make_net(), weight=weight, **warmup)
     report = model.report(batch[0], repeats=1)
     parts = report.loss.as_dict()
     assert parts["label"] == pytest.approx(2.3, abs=0.3)  # of ten classes, untrained
+    weight = 1000 if isinstance(weight, sfr.Ramp) else weight
     assert parts["weight"] == weight
     assert (parts["feature"] > 0) == (weight > 0)
     share = weight * parts["feature"] / (parts["label"] + weight * parts["feature"])
-    [line] = [line for line in str(report).splitlines() if line.startswith("loss:")]
-    assert f"({share:.0%}" in line
-    assert ("lower weight=" in line) == outweighs
+    lines = str(report).splitlines()
+    [number] = [number for number, line in enumerate(lines) if line.startswith("loss:")]
+    assert f"(share {share:.1%})" in lines[number]
+    assert effect in lines[number + 1]
 
 
 def test_the_report_shows_the_tokens_dropped_and_the_nodes_of_the_rest():

@@ -18,7 +18,8 @@ class SlowSupervisor(SelfFeature):
 
     The average sees the same augmented images, with the batch's own statistics in its normalisations; it follows the
     network after every step, faster at first (Tarvainen & Valpola, arXiv 1703.01780, whose rule for that it is). Other
-    options are fields of :class:`sfr.SFRConfig`, of which `warmup` has no effect here. It costs a second forward.
+    options are fields of :class:`sfr.SFRConfig`, of which `warmup` and ramps have no effect here. It costs a second
+    forward.
     """
 
     steps: Tensor
@@ -29,7 +30,7 @@ class SlowSupervisor(SelfFeature):
         settings = self.model.sfr_config
         self.average = sfr.SFRWrapper(plain, settings)
         self.distance = sfr.EMDL2Loss(settings.cost, settings.marginals, settings.solver)
-        self.decay, self.weight = decay, settings.weight
+        self.decay, self.weight = decay, settings.largest_weight
         self.register_buffer("steps", torch.tensor(0))
 
     def forward(self, indices: Tensor) -> Tensor:
