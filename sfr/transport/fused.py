@@ -71,8 +71,10 @@ def proximal_kernel(  # type: ignore[no-untyped-def]
 ):
     """Solve problem number `program_id(0)`: costs (N, M), masses (N,) and (M,) if given, plan (N, M)."""
     problem = tl.program_id(0).to(tl.int64)
-    i, j = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    in_rows, in_columns = i < n, j < m
+    i = tl.arange(0, BLOCK_N)
+    j = tl.arange(0, BLOCK_M)
+    in_rows = i < n
+    in_columns = j < m
     inside = in_rows[:, None] & in_columns[None, :]
     offsets = problem * n * m + i[:, None] * m + j[None, :]
     cost = tl.load(cost_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -90,7 +92,8 @@ def proximal_kernel(  # type: ignore[no-untyped-def]
     kernel = tl.where(inside, tl.exp(-cost / beta), 0.0)
     plan = tl.where(inside, 1.0, 0.0)
     column_scale = columns
-    value, step = float("inf"), 0
+    value = float("inf")
+    step = 0
     while step < iterations:
         plan = tl.maximum(plan * kernel, TINY)  # padding falls to zero below: it has no mass
         plan *= (rows / tl.maximum(tl.sum(plan * column_scale[None, :], axis=1), TINY))[:, None]
@@ -101,7 +104,7 @@ def proximal_kernel(  # type: ignore[no-untyped-def]
             before = value
             # log(kernel) is the cost, up to its unit, without keeping it.
             value = -total(plan * tl.log(tl.maximum(kernel, TINY)))
-            step = tl.where(tl.abs(before - value) <= UNCHANGED * tl.abs(value), iterations, step)
+            step = tl.where(tl.abs(before - value) <= tl.abs(value) * UNCHANGED, iterations, step)
     plan = rounded(plan, rows, columns)
     plan = tl.where(sound, plan, rows[:, None] * columns[None, :])
     tl.store(plan_ptr + offsets, plan * mass, mask=inside)
@@ -133,7 +136,7 @@ def standardised(cost, rows, columns, inside):  # type: ignore[no-untyped-def]
     cost = tl.where(inside, cost, 0.0)
     deviation = tl.sqrt(total(cost * cost * rows[:, None] * columns[None, :]))
     largest = tl.max(tl.max(tl.abs(cost), axis=1), axis=0)
-    return cost / tl.maximum(tl.maximum(deviation, 1e-3 * largest), 1e-6)
+    return cost / tl.maximum(tl.maximum(deviation, largest * 1e-3), 1e-6)
 
 
 @triton.jit
