@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sfr.transport import solve
+from sfr.transport.fallback import OptionalSolver
 from sfr.transport.proximal import proximal_plan
 
 pytest.importorskip("triton")
@@ -60,6 +61,14 @@ def test_ending_early_leaves_the_plan_as_it_is() -> None:
     cost[:, range(12), range(12)] = 0.0  # settles soon
     plan = fused_plan(cost, None, None, beta=1.0, iterations=10**7)  # would take hours without
     torch.testing.assert_close(plan, torch.eye(12)[None] / 12, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-38, 1e30, 1e36])
+def test_the_scale_of_the_cost_changes_no_plan(scale: float) -> None:
+    cost = costs(2, 6, 6).mul(8).round()  # scales exactly, also where float32 has few digits left
+    expected = fused_plan(cost, None, None, beta=1.0, iterations=30)
+    scaled = (scale * cost.double()).float()
+    torch.testing.assert_close(fused_plan(scaled, None, None, beta=1.0, iterations=30), expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30, 0.0, -1.0])
@@ -148,7 +157,8 @@ class Launches:
 def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let CPU tensors pass for those of a CUDA device where solve() asks for the fused kernel."""
     monkeypatch.setattr(Tensor, "is_cuda", True)
-    monkeypatch.setattr(dispatch, "_fused_works", True)
+    untried = OptionalSolver("triton", dispatch._load_fused, dispatch.fused_solver.failure)
+    monkeypatch.setattr(dispatch, "fused_solver", untried)
 
 
 @pytest.mark.usefixtures("on_a_device")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfr.transport import certified, emd, exact, solve
+from sfr.transport.fallback import OptionalSolver
 from sfr.transport.scaling import round_to_marginals
 
 SOLVERS = ["exact", "proximal", "sinkhorn"]
 both_solvers = pytest.mark.parametrize("solver", SOLVERS)
+needs_numba = pytest.mark.skipif(find_spec("numba") is None, reason="needs numba")
 PROFILE = settings(max_examples=40, deadline=None, database=None, derandomize=True)
 
 
@@ -122,6 +125,28 @@ def test_exact_plan_is_optimal_beside_one_forbidding_cost(n: int, m: int, forbid
         assert float((solve(raised, solver="exact") * cost).sum()) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-308, 1e300, 1.7e308])
+@pytest.mark.parametrize("sign", ["positive", "negative", "both"])
+@pytest.mark.parametrize(("n", "m"), [(6, 6), (4, 7)])
+def test_exact_plan_of_float64_costs_is_optimal_up_to_the_largest_numbers(
+    scale: float, sign: str, n: int, m: int
+) -> None:
+    cost = random_cost(8, n, m, dtype=torch.float64)
+    cost = {"positive": cost, "negative": -cost, "both": 2 * cost - 1}[sign]
+    plans = solve(cost * scale, solver="exact")
+    uniform = torch.full((n,), 1 / n), torch.full((m,), 1 / m)
+    for problem, plan in zip(cost, plans, strict=True):
+        assert float((plan * problem).sum()) == pytest.approx(optimal_cost(problem, *uniform), rel=1e-6)
+
+
+def test_exact_plan_is_optimal_beside_costs_that_are_the_largest_numbers() -> None:
+    for seed in range(10):
+        cost = random_cost(5, 5, seed=seed, dtype=torch.float64)
+        cost[0, 0] = cost[3, 2] = 100.0  # enough that no optimal plan uses it
+        raised = cost.masked_fill(cost == 100.0, torch.finfo(torch.float64).max)
+        assert torch.equal(solve(raised, solver="exact"), solve(cost, solver="exact"))
+
+
 # How far above the optimum an iterative solver may end on feature costs.
 GAPS = {"proximal": 0.002, "sinkhorn": 0.01}
 iterative_solvers = pytest.mark.parametrize("solver", GAPS)
@@ -145,7 +170,7 @@ def test_iterative_plans_cost_little_more_than_exact_ones_with_uneven_masses(sol
 
 
 @iterative_solvers
-@pytest.mark.parametrize("exponent", [-30, -10, 10, 30])
+@pytest.mark.parametrize("exponent", [-41, -38, -30, -10, 10, 30, 37])
 def test_an_iterative_plan_does_not_depend_on_the_scale_of_the_cost(solver: Any, exponent: int) -> None:
     cost = feature_cost(2, 6, 6, 8)
     expected = solve(cost, solver=solver)
@@ -546,6 +571,43 @@ def test_masses_of_different_sums_are_refused_with_problem_and_both_sums() -> No
         solve(random_cost(2, 2, 4), a, b)
 
 
+@pytest.mark.parametrize("difference", [1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("side", ["a", "b"])
+@both_solvers
+def test_sums_that_differ_by_more_than_rounding_are_refused(
+    solver: Any, side: str, dtype: torch.dtype, difference: float
+) -> None:
+    masses = {"a": torch.full((4,), 0.25, dtype=dtype), "b": torch.full((5,), 0.2, dtype=dtype)}
+    masses[side] = masses[side] * (1 + difference)
+    sums = [f"{masses[name].double().sum().item():.6g}" for name in ("a", "b")]
+    with pytest.raises(
+        ValueError, match=f"a and b must have the same.* in problem 0 they sum to {sums[0]} and {sums[1]}"
+    ):
+        solve(random_cost(4, 5), **masses, solver=solver)
+    with pytest.raises(ValueError, match="a and b must have the same"):
+        solve(random_cost(4, 5), **{side: masses[side]}, solver=solver)
+
+
+def test_sums_of_float64_masses_are_held_to_float64_rounding_for_float64_costs() -> None:
+    a, b = random_masses(4, seed=1), random_masses(5, seed=2)
+    assert_feasible(solve(random_cost(4, 5).double(), a, b), a, b, tolerance=1e-14)
+    with pytest.raises(ValueError, match=r"they sum to 1\S* and 1.00000001"):
+        solve(random_cost(4, 5).double(), a, b * (1 + 1e-8))
+
+
+@both_solvers
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [7, 1000])
+def test_masses_normalised_in_their_own_precision_are_taken(solver: Any, dtype: torch.dtype, size: int) -> None:
+    a = random_masses(2, 3, seed=1).to(dtype)
+    b = torch.softmax(random_masses(2, size, seed=2).float(), dim=1).to(dtype)
+    plan = solve(random_cost(2, 3, size), a, b, solver, iterations=3)
+    scaled = b.double() * (a.double().sum(dim=1) / b.double().sum(dim=1))[:, None]
+    assert_feasible(plan, a, scaled)
+    torch.testing.assert_close(scaled, b.double(), rtol=2 * torch.finfo(dtype).eps + 1e-6, atol=0)
+
+
 def test_mass_on_one_side_only_is_refused() -> None:
     with pytest.raises(ValueError, match=r"they sum to 0 and 1"):
         solve(random_cost(2, 2), torch.zeros(2), torch.tensor([0.5, 0.5]))
@@ -556,6 +618,21 @@ def test_masses_whose_sum_overflows_are_refused(total: float) -> None:
     masses = torch.full((2,), total / 2, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"masses|sum"):
         solve(random_cost(2, 2), masses, masses, solver="sinkhorn")
+
+
+def test_masses_that_are_not_real_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"a must hold real numbers; got torch\.complex64"):
+        solve(random_cost(2, 2), torch.ones(2, dtype=torch.complex64))
+
+
+def test_whole_numbers_are_masses() -> None:
+    plan = solve(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([3, 1]), torch.tensor([2, 2]))
+    assert torch.equal(plan, torch.tensor([[2.0, 1.0], [0.0, 1.0]]))
+
+
+def test_the_first_wrong_mass_is_named() -> None:
+    with pytest.raises(ValueError, match=r"b must hold finite masses >= 0; got nan"):
+        solve(random_cost(2, 2), b=torch.tensor([1.0, float("nan")]))
 
 
 @pytest.mark.parametrize("epsilon", [0.0, -1.0, float("nan"), float("inf")])
@@ -598,7 +675,7 @@ def test_several_threads_give_the_plans_of_one(masses: str | None, monkeypatch: 
     assert torch.equal(plans[0], plans[1])
 
 
-@pytest.mark.skipif(not exact.HAS_NUMBA, reason="needs numba")
+@needs_numba
 @settings(PROFILE, max_examples=40)
 @given(st.integers(1, 40), st.sampled_from([*COSTS, "ties"]), st.integers(-30, 30), st.integers(0, 10**6))
 def test_the_compiled_assignment_costs_what_scipys_does(size: int, kind: str, exponent: int, seed: int) -> None:
@@ -613,18 +690,20 @@ def test_the_compiled_assignment_costs_what_scipys_does(size: int, kind: str, ex
         assert (found * problem).sum() == pytest.approx(best, rel=1e-6, abs=1e-6 * abs(problem).max())
 
 
-@pytest.mark.parametrize("numba", [False, True])
+@pytest.mark.parametrize("numba", [False, pytest.param(True, marks=needs_numba)])
 def test_both_assignment_solvers_are_used_and_agree(numba: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if numba and not exact.HAS_NUMBA:
-        pytest.skip("needs numba")
     called = []
-    for name in ("_compiled_assignment", "_scipy_assignment"):
+    for name in ("_assigned", "_scipy_assignment"):
         solver = getattr(exact, name)
-        monkeypatch.setattr(exact, name, lambda cost, name=name, solver=solver: (called.append(name), solver(cost))[1])
-    monkeypatch.setattr(exact, "HAS_NUMBA", numba)
+        monkeypatch.setattr(
+            exact, name, lambda *given, name=name, solver=solver: (called.append(name), solver(*given))[1]
+        )
+    solver = OptionalSolver("numba", exact._load_assignment, "numba does not work")
+    solver.given_up = not numba
+    monkeypatch.setattr(exact, "compiled_assignment", solver)
     cost = feature_cost(6, 25, 25, 16)
     plan = solve(cost)
-    assert called == ["_compiled_assignment" if numba else "_scipy_assignment"]
+    assert called == ["_assigned" if numba else "_scipy_assignment"]
     expected = [optimal_cost(problem, torch.full((25,), 1 / 25), torch.full((25,), 1 / 25)) for problem in cost]
     torch.testing.assert_close((plan * cost).sum(dim=(1, 2)), torch.tensor(expected), rtol=1e-5, atol=0)
 
@@ -659,7 +738,7 @@ def dual_value(cost: Tensor, a: Tensor, b: Tensor, potentials: Tensor) -> Tensor
     return (a * best).sum(dim=1) + (b * potentials).sum(dim=1)
 
 
-@pytest.mark.skipif(not exact.HAS_NUMBA, reason="needs numba")
+@needs_numba
 @pytest.mark.parametrize("kind", ["features", "near ties", "ties", "negative", "tiny", "huge"])
 @pytest.mark.parametrize("size", [1, 2, 17, 64])
 def test_the_compiled_assignment_is_optimal_by_duality(kind: str, size: int) -> None:
@@ -691,6 +770,46 @@ def test_the_certificate_bounds_the_gap_and_not_by_much_more(solver: Any, masses
     gap = 1 - best / found
     assert (bound >= gap - 1e-6).all()
     assert (bound <= (12 if masses else 1.5) * gap + 1e-5).all()
+
+
+@iterative_solvers
+@pytest.mark.parametrize("masses", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        *((torch.float32, scale) for scale in (1e-42, 1e-38, 1e-37, 1e36, 3e37)),
+        *((torch.float64, scale) for scale in (1e-305, 1e-38, 1e39, 1.7e307)),
+    ],
+)
+def test_the_certificate_holds_at_every_scale(solver: Any, masses: bool, dtype: torch.dtype, scale: float) -> None:
+    draws = feature_cost(4, 9, 9, 16)  # below 10
+    draws = draws.mul(64).round() / 64  # scaled exactly, also to the smallest numbers of few digits
+    cost = (scale * draws.double()).to(dtype)
+    a, b = (random_masses(4, 9, seed=1), random_masses(4, 9, seed=2)) if masses else (None, None)
+    plan, bound = certified(cost, a, b, solver)
+    unit = cost.double() / cost.double().abs().amax()
+    found = (plan * unit).sum(dim=(1, 2))
+    gap = 1 - (solve(unit, a, b, "exact") * unit).sum(dim=(1, 2)) / found
+    assert (bound >= gap - 1e-6).all()
+    assert (bound <= (12 if masses else 1.5) * gap + 1e-5).all()
+
+
+@pytest.mark.parametrize("options", [{"beta": 1e30}, {"beta": 1e300}, {"solver": "sinkhorn", "epsilon": 1e30}])
+def test_the_certificate_holds_for_any_option(options: Any) -> None:
+    cost = feature_cost(4, 9, 9, 16)
+    plan, bound = certified(cost, **options)
+    gap = 1 - (solve(cost, solver="exact") * cost).sum(dim=(1, 2)) / (plan * cost).sum(dim=(1, 2))
+    assert bound.isfinite().all()
+    assert (bound >= gap - 1e-6).all()
+
+
+def test_the_certificate_counts_what_rounding_hides() -> None:
+    cost = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).mul(1e-9)  # beside 1 float32 does not see it
+    cost = torch.nn.functional.pad(cost, (0, 1, 0, 1), value=1.0)
+    cost[2, 2] = 0.0
+    plan, bound = certified(cost, solver="proximal", iterations=1)
+    gap = 1 - (solve(cost) * cost).sum() / (plan * cost).sum()
+    assert bound >= gap
 
 
 @iterative_solvers

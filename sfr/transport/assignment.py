@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import config, njit
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
@@ -19,9 +20,13 @@ TINY = np.float32(np.finfo(np.float32).tiny)
 # Every inner loop runs over the columns of one row without a branch, so that it becomes vector instructions. LLVM does
 # that for minima of integers and not of floats, hence the minima over the bits of the distances: floats >= 0 have the
 # order of their bits.
-compiled = njit(
-    nogil=True, cache=True, boundscheck=False, error_model="numpy", fastmath={"nnan", "nsz", "reassoc", "contract"}
-)
+OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "boundscheck": False,
+    "error_model": "numpy",
+    "fastmath": {"nnan", "nsz", "reassoc", "contract"},
+}
+compiled = njit(**OPTIONS)
 
 
 @compiled
@@ -59,6 +64,25 @@ def assign(costs: Floats, columns: Ints, prices: Floats) -> None:
                 augment(row, cost, price, column, rows, owned, distance, bits, final, open_prices, previous)
         for j in range(size):
             price[j] *= scale
+
+
+def load(*, cached: bool) -> Callable[[Floats, Ints, Floats], None]:
+    """Return :func:`assign`, compiled and tried on a small problem.
+
+    Args:
+        cached: keep the machine code in numba's cache on the disk, and take it from there if it is there.
+
+    Raises:
+        Exception: of any kind, whatever keeps numba from compiling, or from using its cache.
+    """
+    if getattr(config, "DISABLE_JIT", False):  # in Python it would be slower than scipy
+        raise RuntimeError("numba's compiler is switched off (NUMBA_DISABLE_JIT)")
+    solver = njit(cache=True, **OPTIONS)(assign.py_func) if cached else assign
+    columns, prices = np.empty((1, 3), np.int32), np.empty((1, 3), np.float32)
+    solver(np.array([[[2, 1, 3], [1, 3, 2], [3, 2, 1]]], np.float32), columns, prices)
+    if columns.tolist() != [[1, 0, 2]]:
+        raise RuntimeError(f"it found {columns.tolist()} where [[1, 0, 2]] is right")
+    return solver
 
 
 @compiled

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sfr.transport.fallback import OptionalSolver
 from sfr.transport.scaling import round_to_marginals
 
 Floats = NDArray[np.float64]
@@ -26,7 +26,12 @@ OPTIMAL = 1  # the simplex's code of success
 COMPILED_THREADED_FROM = 2**21
 LOOP_THREADED_FROM = 36 * 36
 
-HAS_NUMBA = importlib.util.find_spec("numba") is not None
+NO_CACHE = (
+    "numba cannot use its cache for the transport solver, which is therefore compiled anew in every process, in some "
+    "seconds. To avoid that, set NUMBA_CACHE_DIR to an empty folder on a disk with room that this user may write to"
+)
+# Sums of this many costs and their differences still fit into float64.
+HUGE, SHRINK = 2.0**960, 2.0**-60
 
 
 def exact_plan(cost: Tensor, rows: Tensor, columns: Tensor, *, uniform: bool) -> Tensor:
@@ -34,8 +39,9 @@ def exact_plan(cost: Tensor, rows: Tensor, columns: Tensor, *, uniform: bool) ->
 
     With uniform masses and N = M an optimal plan is a permutation (Birkhoff). For float32 costs a solver compiled by
     numba (the extra ``fast``) finds it, several times faster than scipy's assignment solver (Crouse 2016), which
-    takes its place where numba is missing and for float64. Every other problem goes to POT's network simplex (Bonneel
-    et al. 2011). All of them release the GIL, and large batches are shared out over ``torch.get_num_threads()``.
+    is used instead if numba is missing or does not work, and for float64. Every other problem goes to POT's network
+    simplex (Bonneel et al. 2011). All of them release the GIL, and large batches are shared out over
+    ``torch.get_num_threads()``.
 
     Args:
         cost: finite costs, shape (B, N, M).
@@ -47,17 +53,32 @@ def exact_plan(cost: Tensor, rows: Tensor, columns: Tensor, *, uniform: bool) ->
         Plans of shape (B, N, M) with the dtype and device of `cost`.
     """
     if uniform and cost.shape[1] == cost.shape[2]:
-        compiled = HAS_NUMBA and cost.dtype == torch.float32
-        matches = torch.from_numpy(_compiled_assignment(cost) if compiled else _scipy_assignment(cost))
+        found = compiled_assignment(cost) if cost.dtype == torch.float32 else None
+        matches = torch.from_numpy(_scipy_assignment(cost) if found is None else found)
         plan = torch.zeros_like(cost, memory_format=torch.contiguous_format)
         return plan.scatter_(2, matches.to(cost.device, torch.int64)[:, :, None], 1.0 / cost.shape[1])
     return _simplex(cost, rows, columns)
 
 
-def _compiled_assignment(cost: Tensor) -> NDArray[np.int32]:
-    """Return the column of each row, (B, N)."""
-    from sfr.transport.assignment import assign
+def _load_assignment() -> Callable[[Tensor], NDArray[np.int32]]:
+    """Return the solver compiled by numba: from numba's cache or, with a warning, without one."""
+    from sfr.transport.assignment import load
 
+    try:
+        return partial(_assigned, load(cached=True))
+    except Exception as error:
+        assign = load(cached=False)  # if this fails, too, it was not the cache
+        warnings.warn(f"{NO_CACHE}. The reason: {error!r}", stacklevel=3)
+        return partial(_assigned, assign)
+
+
+compiled_assignment = OptionalSolver(
+    "numba", _load_assignment, "numba does not work here, so scipy solves the transport problems, several times slower"
+)
+
+
+def _assigned(assign: Callable[..., None], cost: Tensor) -> NDArray[np.int32]:
+    """Return the column of each row, (B, N), by the compiled solver."""
     costs = cost.cpu().contiguous().numpy()
     matches, prices = np.empty(costs.shape[:2], np.int32), np.empty(costs.shape[:2], np.float32)
     threads = torch.get_num_threads() if costs.size >= COMPILED_THREADED_FROM else 1
@@ -66,10 +87,12 @@ def _compiled_assignment(cost: Tensor) -> NDArray[np.int32]:
 
 
 def _scipy_assignment(cost: Tensor) -> NDArray[np.int32]:
-    """Return the column of each row, (B, N)."""
+    """Return the column of each row, (B, N), by scipy."""
     from scipy.optimize import linear_sum_assignment
 
-    costs = cost.to("cpu", torch.float64).numpy()
+    cost64 = cost.to("cpu", torch.float64)
+    huge = cost64.abs().amax(dim=(1, 2), keepdim=True) > HUGE
+    costs = torch.where(huge, cost64 * SHRINK, cost64).numpy()  # exact, but for what such a cost makes negligible
     matches = np.empty(costs.shape[:2], np.int32)
 
     def solve(part: slice) -> None:

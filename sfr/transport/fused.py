@@ -9,8 +9,6 @@ from torch import Tensor
 
 # As in scaling.py. Triton reads globals of this type only.
 TINY = tl.constexpr(1e-30)
-SMALLEST_NORMAL = tl.constexpr(1.1754944e-38)
-
 UNCHANGED = tl.constexpr(1e-7)  # a problem ends once its cost changes no more than this, relatively, in ten iterations
 
 
@@ -131,7 +129,8 @@ def masses(pointer, problem, size, index, valid, GIVEN: tl.constexpr):  # type: 
 @triton.jit
 def standardised(cost, rows, columns, inside):  # type: ignore[no-untyped-def]
     """Centre the cost by rows and columns and bring it to standard deviation one."""
-    cost /= tl.maximum(tl.max(tl.max(tl.abs(cost), axis=1), axis=0), SMALLEST_NORMAL)
+    largest = tl.max(tl.max(tl.abs(cost), axis=1), axis=0)
+    cost /= tl.where(largest > 0, largest, 1.0)
     cost -= tl.sum(cost * columns[None, :], axis=1)[:, None]
     cost -= tl.sum(cost * rows[:, None], axis=0)[None, :]
     cost = tl.where(inside, cost, 0.0)

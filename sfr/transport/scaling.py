@@ -27,6 +27,13 @@ def round_to_marginals(plan: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return plan + missing_rows[:, :, None] * share[:, None, :]
 
 
+def of_unit_size(cost: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide costs (B, N, M), of any size down to the smallest numbers, by the largest of each problem, (B, 1, 1)."""
+    largest = cost.abs().amax(dim=(1, 2), keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    return cost / largest, largest
+
+
 def standardised(cost: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Centre costs (B, N, M) by rows and columns, which moves no plan, and bring them to standard deviation one.
 
@@ -34,8 +41,7 @@ def standardised(cost: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, T
         The standardised cost; and the scale (B, 1, 1) and the offsets of the columns (B, 1, M) that lead back:
         ``cost = scale * standardised + offsets``, but for a constant in each row.
     """
-    largest = cost.abs().amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(cost.dtype).tiny)
-    cost = cost / largest
+    cost, largest = of_unit_size(cost)
     cost = cost - (cost * columns[:, None, :]).sum(dim=2, keepdim=True)
     offsets = (cost * rows[:, :, None]).sum(dim=1, keepdim=True)
     cost = cost - offsets
@@ -49,19 +55,25 @@ def duality_gap(cost: Tensor, plan: Tensor, potentials: Tensor) -> Tensor:
     """Return how far plans may at most be above the optimum, relative to their own cost, shape (B,).
 
     Any potentials of the columns lead to a feasible dual, whose value bounds the optimum from below: the best of the
-    rows for them, and the best of the columns for these (the c-transform, twice).
+    rows for them, and the best of the columns for these (the c-transform, twice). What rounding may hide is added.
 
     Args:
-        cost: shape (B, N, M).
+        cost: costs of unit size, see :func:`of_unit_size`, shape (B, N, M).
         plan: feasible plans, shape (B, N, M).
-        potentials: of the columns, shape (B, M), in the units of the cost.
+        potentials: of the columns, shape (B, M), in the units of the cost; any numbers.
 
     Reference:
         Peyré & Cuturi, Computational Optimal Transport, 2019, chapter 5.
     """
     value = (plan * cost).sum(dim=(1, 2)).abs()
-    cost = cost - (cost - potentials[:, None, :]).amin(dim=2, keepdim=True)  # above the best potentials of the rows
-    slack = cost - cost.amin(dim=1, keepdim=True)  # and above the best of the columns for these: all >= 0
-    # The plan's mass on that is the difference of primal and dual, without their cancellation.
-    excess = (plan * slack).sum(dim=(1, 2))
-    return excess / value.clamp_min(torch.finfo(cost.dtype).tiny)
+    # Optimal potentials lie no further apart than twice the range of the cost; others would only cancel its digits.
+    potentials = potentials.nan_to_num(0.0)
+    potentials = (potentials - potentials.amax(dim=1, keepdim=True)).clamp_min(-4.0)
+    of_rows = (cost - potentials[:, None, :]).amin(dim=2, keepdim=True)
+    above = cost - of_rows
+    of_columns = above.amin(dim=1, keepdim=True)
+    # The plan's mass on the slack, all >= 0, is the difference of primal and dual, without their cancellation.
+    excess = (plan * (above - of_columns)).sum(dim=(1, 2))
+    finfo = torch.finfo(cost.dtype)
+    rounding = 2 * finfo.eps * (plan * (cost.abs() + of_rows.abs() + of_columns.abs())).sum(dim=(1, 2))
+    return (excess + rounding) / value.clamp_min(finfo.tiny)

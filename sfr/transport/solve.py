@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,13 +11,23 @@ from torch import Tensor
 
 from sfr.config import Solver, check_choice, check_number
 from sfr.transport.exact import exact_plan
+from sfr.transport.fallback import OptionalSolver
 from sfr.transport.proximal import proximal_plan
-from sfr.transport.scaling import duality_gap
+from sfr.transport.scaling import duality_gap, of_unit_size
 from sfr.transport.sinkhorn import sinkhorn_plan
 
 FUSED_UP_TO = 64  # nodes on a side: the cost and the plan of a problem fit into the registers of one program
 
-_fused_works = importlib.util.find_spec("triton") is not None
+
+def _load_fused() -> Callable[..., Tensor]:
+    from sfr.transport.fused import fused_plan
+
+    return fused_plan
+
+
+fused_solver = OptionalSolver(
+    "triton", _load_fused, "the fused transport kernel does not run here, so a slower solver replaces it"
+)
 
 
 def solve(
@@ -46,10 +55,12 @@ def solve(
 
     Args:
         cost: ground cost, shape (B, N, M) or (N, M), any floating dtype, any scale, any sign. A problem whose cost is
-            not finite gets the independent coupling ``a bᵀ``. "exact" is accurate to about 1e-6 of a problem's
+            not finite gets the independent coupling ``a bᵀ / sum(a)``. "exact" is accurate to about 1e-6 of a problem's
             largest absolute cost, 1e-9 if that is float64.
         a: row masses, shape (B, N) or (N,), >= 0; default uniform ``1/N``.
-        b: column masses, shape (B, M) or (M,), >= 0, with the same sum as `a`; default uniform ``1/M``.
+        b: column masses, shape (B, M) or (M,), >= 0, with the same sum as `a`; default uniform ``1/M``. Sums that
+            differ no more than by rounding of the masses' dtypes (a few 1e-6 for float32) count as equal: `b` is then
+            scaled to the sum of `a`.
         solver: "exact"; "proximal" (0.01 to 0.06 % above the optimum on feature costs at N = 64) or "sinkhorn" (0.1 to
             0.2 %, and several times slower), both on the tensor's own device; "auto": exact for CPU tensors, proximal
             elsewhere.
@@ -61,9 +72,9 @@ def solve(
         The plan, shape of `cost`; float64 for a float64 cost, else float32; on the device of `cost`.
 
     Raises:
-        TypeError: if `cost` is no floating tensor.
-        ValueError: for wrong shapes, an unknown solver, and (CPU tensors only, to spare a device the wait) for
-            negative or non-finite masses or sums of `a` and `b` that differ.
+        TypeError: if `cost` is not a floating-point tensor, or a mass not a tensor of real numbers.
+        ValueError: for wrong shapes, an unknown solver, and (checked on the CPU only, to avoid a device sync) for
+            negative or non-finite masses, and sums of `a` and `b` that differ by more than rounding or overflow.
 
     Reference:
         Peyré & Cuturi, Computational Optimal Transport, 2019. Flamary et al., POT: Python Optimal Transport, 2021.
@@ -93,9 +104,10 @@ def certified(
 ) -> tuple[Tensor, Tensor]:
     r"""Return the plans of an iterative solver, and how far above the optimum each may be.
 
-    The bound is the distance of the plan's cost from the value of a feasible dual, relative to the plan's cost. On
-    feature costs it is about the true gap with uniform masses, and up to ten times it with others. It is a tensor on
-    the device like the plan: collect it, and read it when the device is read anyway.
+    The bound is the distance of the plan's cost from the value of a feasible dual, relative to the plan's cost. It
+    includes rounding, and holds for costs of any scale. On feature costs it is about the true gap with uniform masses,
+    and up to ten times it with others. It is a tensor on the device like the plan: collect it, and read it when the
+    device is read anyway.
 
     Args:
         cost, a, b, epsilon, beta, iterations: see :func:`solve`.
@@ -119,8 +131,9 @@ def certified(
     with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
         problem = _Problem.of(batch, a, b)
         name: Solver = "proximal" if solver == "auto" else solver
-        plan, potentials = _iterated(problem, name, epsilon, beta, iterations)
-        gap = duality_gap(problem.cost, plan, potentials)
+        unit, _ = of_unit_size(problem.cost)
+        plan, potentials = _iterated(replace(problem, cost=unit), name, epsilon, beta, iterations)
+        gap = duality_gap(unit, plan, potentials)
         if problem.finite is not None:
             gap = torch.where(problem.finite.flatten(), gap, torch.inf)
         return problem.finished(plan).reshape(cost.shape), gap.reshape(cost.shape[:-2])
@@ -189,23 +202,15 @@ def _plan(
 def _fits_fused(cost: Tensor) -> bool:
     """Whether the Triton kernel can take these problems: small ones, in the memory of an NVIDIA or AMD device."""
     small = max(cost.shape[1:]) <= FUSED_UP_TO
-    return _fused_works and type(cost) is Tensor and cost.is_cuda and small and cost.dtype != torch.float64
+    return not fused_solver.given_up and type(cost) is Tensor and cost.is_cuda and small and cost.dtype != torch.float64
 
 
 def _try_fused(cost: Tensor, a: Tensor | None, b: Tensor | None, beta: float | None, iterations: int) -> Tensor | None:
-    """Return the plans of the Triton kernel, or None, with a warning once, where it cannot be compiled or started."""
-    global _fused_works
+    """Return the plans of the Triton kernel, or None if it cannot be compiled or started here."""
     rows = None if a is None else _masses("a", a, cost.float(), cost.shape[1])
     columns = None if b is None else _masses("b", b, cost.float(), cost.shape[2])
     beta = beta or _default_beta(cost, uniform=a is None and b is None)
-    try:
-        from sfr.transport.fused import fused_plan
-
-        return fused_plan(cost, rows, columns, beta=beta, iterations=iterations)
-    except Exception as error:  # no compiler, an unknown device, another Triton: training can go on without it
-        _fused_works = False
-        warnings.warn(f"the fused transport kernel does not run here, a slower one takes over: {error!r}", stacklevel=2)
-        return None
+    return fused_solver(cost, rows, columns, beta=beta, iterations=iterations)
 
 
 # One opaque operation for torch.compile, which cannot look into compiled solvers of other libraries.
@@ -237,9 +242,10 @@ class _Problem:
         if finite is not None:
             cost = torch.where(finite, cost, 0.0)
         rows, columns = _masses("a", a, cost, cost.shape[1]), _masses("b", b, cost, cost.shape[2])
-        mass = rows.sum(dim=1, keepdim=True)
-        _check_equal_mass(mass, columns.sum(dim=1, keepdim=True))
         uniform = a is None and b is None
+        if cost.device.type == "cpu" and not uniform:  # on the CPU reading the sums costs no wait
+            _check_equal_mass(rows, columns, _rounding(cost, a, b))
+        mass = rows.sum(dim=1, keepdim=True)
         return cls(
             cost, _normalised(rows), _normalised(columns), None if uniform else mass[:, :, None], finite, uniform
         )
@@ -279,23 +285,43 @@ def _masses(argument: str, masses: Tensor | None, batch: Tensor, size: int) -> T
         raise TypeError(f"{argument} must be a tensor; got {type(masses).__name__}")
     if masses.shape not in ((size,), (count, size)):
         raise ValueError(f"{argument} must have shape ({count}, {size}) or ({size},); got {tuple(masses.shape)}")
+    if masses.is_complex():
+        raise TypeError(f"{argument} must hold real numbers; got {masses.dtype}")
     masses = masses.detach().to(batch)
-    if masses.device.type == "cpu" and not ((masses >= 0) & masses.isfinite()).all():
-        raise ValueError(f"{argument} must hold finite masses >= 0; got a minimum of {masses.min().item()}")
+    if masses.device.type == "cpu":
+        wrong = masses[~((masses >= 0) & masses.isfinite())]
+        if len(wrong):
+            raise ValueError(f"{argument} must hold finite masses >= 0; got {wrong[0].item()} (as {masses.dtype})")
     return masses.expand(count, size)
 
 
-def _check_equal_mass(rows: Tensor, columns: Tensor) -> None:
-    """Refuse marginals no plan can have; only on the CPU, where reading the sums costs no wait."""
-    if rows.device.type == "cpu":
-        # Written so that sums that overflow, whose difference is no number, count as different.
-        differs = ~((rows - columns).abs() <= 1e-3 * torch.maximum(rows, columns)).flatten()
-        if differs.any():
-            problem = int(differs.nonzero()[0])
-            raise ValueError(
-                f"a and b must have the same, finite sum; in problem {problem} they sum to "
-                f"{rows[problem].item():.6g} and {columns[problem].item():.6g}"
-            )
+def _rounding(cost: Tensor, *masses: Tensor | None) -> float:
+    """Return how far sums of masses meant to be equal may differ, relatively.
+
+    Storing masses rounds each to their dtype; computing and normalising them in float32 (or float64) adds some more,
+    which grows with the number of terms.
+    """
+    dtypes = [each.dtype for each in masses if each is not None and each.is_floating_point()]
+    stored = max(torch.finfo(dtype).eps for dtype in [cost.dtype, *dtypes])
+    computed = min(stored, torch.finfo(torch.float32).eps)
+    return 2 * stored + computed * (16 + sum(cost.shape[1:]) ** 0.5)
+
+
+def _check_equal_mass(rows: Tensor, columns: Tensor, tolerance: float) -> None:
+    """Refuse marginals that no plan can have, and sums that overflow the dtype of the plan."""
+    of_rows, of_columns = (side.sum(dim=1, dtype=torch.float64) for side in (rows, columns))
+    finfo = torch.finfo(rows.dtype)
+    larger = torch.maximum(of_rows, of_columns)
+    allowed = tolerance * larger.clamp_min(finfo.tiny)
+    differs = ((of_rows - of_columns).abs() > allowed) | ~(larger <= finfo.max)
+    if differs.any():
+        problem = int(differs.nonzero()[0])
+        sums = [side[problem].item() for side in (of_rows, of_columns)]
+        digits = 6 if f"{sums[0]:.6g}" != f"{sums[1]:.6g}" else 17
+        raise ValueError(
+            f"a and b must have the same, finite sum; in problem {problem} they sum to {sums[0]:.{digits}g} and "
+            f"{sums[1]:.{digits}g}, which differ by more than rounding or overflow {rows.dtype}: divide each by its sum"
+        )
 
 
 def _normalised(masses: Tensor) -> Tensor:
