@@ -16,6 +16,7 @@ from sfr.discovery import assumed_view
 from sfr.labels import DynamicLabelSmoothing, checked_target, cross_entropy
 from sfr.losses import emd_l2, relative_distance
 from sfr.nodes import Grid, View, as_map, common_grids, match_channels, spatial_shape, to_nodes
+from sfr.outputs import the_logits
 from sfr.stages import resolve_pairs
 from sfr.wrapper import SFRWrapper
 
@@ -179,7 +180,7 @@ class SFRLoss(nn.Module):
             RuntimeError: if the features recorded are not those of the forward that gave the logits.
             TypeError, ValueError: for an output or target of the wrong kind, shape or range.
         """
-        logits = logits_of(output)
+        logits = the_logits(output)
         loss = self._loss(logits, target, index)
         if num_items_in_batch is None:
             return loss
@@ -353,31 +354,3 @@ def _wrapper_in(model: object) -> SFRWrapper:
     if inner is None:
         raise TypeError(f"SFRLoss needs an SFRWrapper: model = sfr.SFRWrapper(model); got {type(model).__name__}")
     return inner
-
-
-def logits_of(output: object) -> Tensor:
-    """Return the logits in a model's output: the tensor itself, or that under "logits" or "out" of a mapping.
-
-    Raises:
-        TypeError: if there is none, saying what to pass.
-        ValueError: if there are auxiliary ones, which would get no loss.
-    """
-    if isinstance(output, Tensor):
-        return output
-    if not isinstance(output, Mapping):
-        raise TypeError(
-            "output must be a tensor of logits, or a mapping that holds them as 'logits' or 'out'; got "
-            f"{type(output).__name__}. Pass the logits in it, as in criterion(output[0], target), and add the losses "
-            "of any auxiliary outputs."
-        )
-    found = [name for name in ("logits", "out") if isinstance(output.get(name), Tensor)]
-    if len(found) != 1:
-        raise TypeError(f"output must hold logits as one of 'logits' and 'out'; got the keys {list(output)}")
-    (name,) = found
-    if "aux" in output:
-        raise ValueError(
-            f"output holds auxiliary logits, which would get no loss; use criterion(output[{name!r}], target) "
-            "+ 0.5 * F.cross_entropy(output['aux'], target)"
-        )
-    logits: Tensor = output[name]
-    return logits

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from sfr.config import SFRConfig
 from sfr.nodes import Grid, View, cells, spatial_shape, token_grid
+from sfr.outputs import features_in, logits_in
 from sfr.stages import HOW_TO_NAME, infer_layout
 from sfr.taps import graph_behind
 
@@ -132,7 +133,7 @@ class StageFinder:
             if torch.is_grad_enabled() != self._gradient:
                 return
             self._calls[name] += 1
-            features = _features_in(output)
+            features = features_in(output)
             if features and features[0].ndim and len(features[0]) == self._batch:
                 feature, sole = features[0], len(features) == 1
                 with suppress(ValueError):  # of no known layout: no candidate
@@ -312,25 +313,10 @@ def is_container(module: nn.Module) -> bool:
     return type(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def logits_in(output: Any) -> Tensor | None:
-    """Return the logits in a model's output: its ``logits``, or else the first floating-point tensor."""
-    if isinstance(logits := getattr(output, "logits", None), Tensor):
-        return logits
-    return next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
-
-
 def evenly(stages: list[Sighting]) -> list[Sighting]:
     """Return at most :data:`STAGES_IN_DEPTH` of the stages, evenly spaced, with the last one."""
     count = min(STAGES_IN_DEPTH, len(stages))
     return [stages[(k + 1) * len(stages) // count - 1] for k in range(count)]
-
-
-def _features_in(output: Any) -> list[Tensor]:
-    """Return the floating-point tensors in a module's output."""
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    parts = output if isinstance(output, (tuple, list)) else [output]
-    return [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
 
 
 def _leading_to(logits: Tensor | None, sightings: list[Sighting]) -> list[Sighting]:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sfr.criterion import LARGE_SHARE, LossParts, SFRLoss
-from sfr.discovery import logits_in
 from sfr.measure import StepCost, compare_steps
 from sfr.nodes import cells, common_grids, match_channels, spatial_shape, to_nodes
+from sfr.outputs import logits_in
 from sfr.stages import resolve_pairs
 from sfr.transport import default_solver
 from sfr.wrapper import SFRWrapper, split_arguments

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sfr.outputs import feature_of
+
 # Training forwards in a row whose features nobody used, before a warning says so.
 UNUSED_UNTIL_WARNING = 10
 
@@ -91,7 +93,7 @@ class Recorder:
                 "use_reentrant=False, or tap the modules around the checkpointed one with stages=[...]; a part of the "
                 "model under torch.no_grad() cannot be a stage."
             )
-        self.features[name] = tensor_of(name, output)
+        self.features[name] = feature_of(name, output)
 
     def end(self) -> None:
         """Close the record.
@@ -125,25 +127,6 @@ class Recorder:
     def __getstate__(self) -> dict[str, Any]:
         # Features belong to one autograd graph: they can neither be copied nor pickled, and a copy has no use for them.
         return self.__dict__ | {"features": {}, "unused": {}, "_recording": False}
-
-
-def tensor_of(name: str, output: Any) -> Tensor:
-    """Return the feature tensor in a stage's output: the tensor itself, or the first floating one of a container.
-
-    Raises:
-        TypeError: naming the stage, if there is none.
-    """
-    if isinstance(output, Mapping):
-        candidates = list(output.values())
-    else:
-        candidates = list(output) if isinstance(output, (tuple, list)) else [output]
-    for candidate in candidates:
-        if isinstance(candidate, Tensor) and candidate.is_floating_point():
-            return candidate
-    raise TypeError(
-        f"stage {name!r} returns no floating-point tensor but {type(output).__name__}; "
-        "tap a submodule that does, with stages=[...]"
-    )
 
 
 def computed_from(logits: Tensor, features: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:

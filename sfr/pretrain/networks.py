@@ -8,8 +8,8 @@ import difflib
 from torch import Tensor, nn
 
 from sfr.config import check_choice
+from sfr.outputs import feature_of
 from sfr.pretrain.dogo import Objective
-from sfr.taps import tensor_of
 
 
 class TwoViewNetwork(nn.Module):
@@ -62,7 +62,7 @@ class TwoViewNetwork(nn.Module):
         Raises:
             TypeError, ValueError: if the model without its head gives something else.
         """
-        features = tensor_of("encoder", self.encoder(images))
+        features = feature_of("encoder", self.encoder(images))
         if features.shape != (len(images), self.dim):
             raise ValueError(
                 f"without its head the model gives shape {tuple(features.shape)}, not {(len(images), self.dim)}: "

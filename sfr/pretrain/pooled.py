@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sfr.nodes import spatial_shape, to_nodes
+from sfr.outputs import feature_of
 from sfr.stages import infer_layout
-from sfr.taps import tensor_of
 
 ACTIVATIONS = {
     *(F.relu, F.relu6, F.hardtanh, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardswish, F.prelu),
@@ -105,7 +105,7 @@ class PooledFeatures(nn.Module):
         features: list[Tensor] = []
 
         def tap(module: nn.Module, _: Any, output: Any) -> None:
-            feature = tensor_of(name, output)
+            feature = feature_of(name, output)
             layout = infer_layout(module, feature)
             nodes = to_nodes(feature, layout, (1,) * len(spatial_shape(feature, layout)))
             features.append(nodes.squeeze(1).clone())  # the next layer may write over the output

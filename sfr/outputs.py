@@ -1,0 +1,101 @@
+"""The readers of what a module returns: the logits in a model's output, the feature in a stage's output."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+# Where a model with several outputs keeps its logits: Hugging Face's ModelOutput, torchvision's segmentation models.
+LOGITS = ("logits", "out")
+
+
+def logits_in(output: Any) -> Tensor | None:
+    """Return the logits in a model's output, or None if it holds no floating-point tensor.
+
+    They are the tensor itself; of an output with named parts (a mapping, a ``ModelOutput``, a dataclass, a named tuple,
+    an object's attributes) "logits" or "out"; else the first floating-point tensor with at least two axes, or the first
+    of all.
+    """
+    parts = named_parts(output)
+    for name in LOGITS:
+        if _is_floating(parts.get(name)):
+            logits: Tensor = parts[name]
+            return logits
+    leaves = [leaf for leaf in tree_leaves(list(_parts(output))) if _is_floating(leaf)]
+    return next((leaf for leaf in leaves if leaf.ndim > 1), leaves[0] if leaves else None)
+
+
+def the_logits(output: Any) -> Tensor:
+    """Return the logits in a model's output, as :func:`logits_in`, unless they are not all there is to train.
+
+    Raises:
+        TypeError: if it is not clear which part of the output they are, saying what to pass.
+        ValueError: if there are auxiliary ones, which would get no loss.
+    """
+    if isinstance(output, Tensor):
+        return output
+    parts = named_parts(output)
+    found = [name for name in LOGITS if _is_floating(parts.get(name))]
+    if parts and len(found) != 1:
+        raise TypeError(f"output must hold logits as one of 'logits' and 'out'; got the keys {list(parts)}")
+    logits = logits_in(output)
+    if logits is None or not (parts or _is_sequence_of_one(output)):
+        raise TypeError(
+            "output must be a tensor of logits, or a mapping that holds them as 'logits' or 'out'; got "
+            f"{type(output).__name__}. Pass the logits in it, as in criterion(output[0], target), and add the losses "
+            "of any auxiliary outputs."
+        )
+    if "aux" in parts:
+        access = "output[{!r}]" if isinstance(output, Mapping) else "output.{}"
+        raise ValueError(
+            "output holds auxiliary logits, which would get no loss; use "
+            f"criterion({access.format(found[0])}, target) + 0.5 * F.cross_entropy({access.format('aux')}, target)"
+        )
+    return logits
+
+
+def features_in(output: Any) -> list[Tensor]:
+    """Return the floating-point tensors in a stage's output; the first is its feature."""
+    return [part for part in _parts(output) if _is_floating(part)]
+
+
+def feature_of(name: str, output: Any) -> Tensor:
+    """Return the feature in a stage's output: the tensor itself, or the first floating one of a container.
+
+    Raises:
+        TypeError: naming the stage, if there is none.
+    """
+    features = features_in(output)
+    if not features:
+        raise TypeError(
+            f"stage {name!r} returns no floating-point tensor but {type(output).__name__}; "
+            "tap a submodule that does, with stages=[...]"
+        )
+    return features[0]
+
+
+def named_parts(output: Any) -> dict[Any, Any]:
+    """Return the parts of an output by name; none of a tensor, a tuple or a list."""
+    if isinstance(output, Mapping):
+        return dict(output)
+    if isinstance(output, tuple) and hasattr(output, "_asdict"):
+        return dict(output._asdict())
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+    return {} if isinstance(output, (Tensor, tuple, list, type)) else getattr(output, "__dict__", {})
+
+
+def _parts(output: Any) -> Iterable[Any]:
+    return named_parts(output).values() or (output if isinstance(output, (tuple, list)) else [output])
+
+
+def _is_floating(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.is_floating_point()
+
+
+def _is_sequence_of_one(output: Any) -> bool:
+    return isinstance(output, (tuple, list)) and len(output) == 1

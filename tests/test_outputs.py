@@ -1,0 +1,111 @@
+"""One policy for what a model returns: the criterion, the report and the search for stages read the same logits."""
+
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
+
+import sfr
+from sfr.outputs import feature_of, features_in, logits_in, the_logits
+
+Z, OTHER, SCALAR = torch.randn(8, 10), torch.randn(8, 3), torch.tensor(0.5)
+Named = namedtuple("Named", ["loss", "logits"])
+
+
+@dataclass
+class Output:
+    loss: torch.Tensor
+    logits: torch.Tensor
+
+
+class Attributes:
+    def __init__(self, loss, logits):
+        self.loss, self.logits = loss, logits
+
+
+CLEAR = {
+    "tensor": lambda z: z,
+    "mapping": lambda z: OrderedDict(aux_loss=SCALAR, logits=z),
+    "mapping of segmentation": lambda z: {"features": OTHER, "out": z},
+    "ModelOutput": lambda z: ImageClassifierOutput(loss=SCALAR, logits=z, hidden_states=(OTHER,)),
+    "named tuple": lambda z: Named(SCALAR, z),
+    "dataclass": lambda z: Output(SCALAR, z),
+    "namespace": lambda z: SimpleNamespace(loss=SCALAR, logits=z),
+    "object": lambda z: Attributes(SCALAR, z),
+    "tuple of one": lambda z: (z,),
+}
+UNCLEAR = {
+    "tuple": lambda z: (z, OTHER),
+    "tuple that begins with a loss": lambda z: (SCALAR, z),
+    "mapping by another name": lambda z: {"loss": SCALAR, "scores": z},
+    "nested": lambda z: {"result": {"scores": z}},
+}
+
+
+@pytest.mark.parametrize("pack", CLEAR.values(), ids=CLEAR)
+def test_the_logits_of_a_clear_output_are_found_by_everybody(pack):
+    assert the_logits(pack(Z)) is logits_in(pack(Z)) is Z
+
+
+@pytest.mark.parametrize("pack", UNCLEAR.values(), ids=UNCLEAR)
+def test_of_an_unclear_output_the_first_with_classes_is_looked_at_and_nothing_trained(pack):
+    assert logits_in(pack(Z)) is Z
+    with pytest.raises(TypeError, match="output must"):
+        the_logits(pack(Z))
+
+
+def test_an_output_of_numbers_alone_gives_the_first_and_one_without_gives_none():
+    assert logits_in({"class": SCALAR, "box": torch.tensor(1.0)}) is SCALAR
+    assert logits_in([None, torch.tensor([1])]) is None
+
+
+@pytest.mark.parametrize("logits", [torch.tensor([[1, 2]]), None, "scores"])
+def test_logits_that_are_no_floating_tensor_are_none(logits):
+    with pytest.raises(TypeError, match="logits"):
+        the_logits({"logits": logits, "other": Z})
+
+
+def test_auxiliary_logits_are_refused_whatever_holds_them():
+    with pytest.raises(ValueError, match=r"criterion\(output.out, target\) \+ 0.5 \* F.cross_entropy\(output.aux,"):
+        the_logits(SimpleNamespace(out=Z, aux=Z))
+
+
+@pytest.mark.parametrize(
+    "output", [Z, (Z, OTHER), [Z], {"hidden": Z, "n": 3}, BaseModelOutput(last_hidden_state=Z), Named(Z, OTHER)]
+)
+def test_the_feature_of_a_stage_is_the_first_floating_tensor_of_its_output(output):
+    assert feature_of("layer1", output) is features_in(output)[0] is Z
+
+
+@pytest.mark.parametrize("output", [None, torch.tensor([1]), (), {"n": 3}, [None]])
+def test_a_stage_without_a_floating_tensor_is_an_error_that_names_it(output):
+    assert features_in(output) == []
+    with pytest.raises(TypeError, match=r"stage 'layer1' returns no floating-point tensor but .*stages="):
+        feature_of("layer1", output)
+
+
+class Packing(nn.Module):
+    def __init__(self, net, pack):
+        super().__init__()
+        self.net, self.pack = net, pack
+
+    def forward(self, x):
+        return self.pack(self.net(x))
+
+
+@pytest.mark.parametrize("pack", CLEAR.values(), ids=CLEAR)
+def test_stages_training_and_report_are_those_of_the_model_that_returns_its_logits(make_net, batch, pack):
+    torch.manual_seed(0)
+    plain = make_net()
+    expected = F.cross_entropy(plain(batch[0]), batch[1])
+    model = sfr.SFRWrapper(Packing(plain, pack), smoothing="none")
+    criterion = sfr.SFRLoss(model)
+    criterion(model(batch[0]), batch[1]).backward()
+    assert model.stage_names == ("net.1", "net.3", "net.5")
+    torch.testing.assert_close(criterion.last.label, expected.detach())
+    assert "on random labels" in str(model.report(batch[0], repeats=1))
