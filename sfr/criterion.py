@@ -18,6 +18,7 @@ from sfr.losses import emd_l2, relative_distance
 from sfr.nodes import Grid, View, as_map, common_grids, match_channels, spatial_shape, to_nodes
 from sfr.outputs import the_logits
 from sfr.stages import resolve_pairs
+from sfr.state import TensorState
 from sfr.wrapper import SFRWrapper
 
 # How often the flag of non-finite features is read where that makes the host wait for the device.
@@ -69,7 +70,7 @@ class LossParts:
         return {"weight": self.weight} | {name: value.item() for name, value in parts.items()}
 
 
-class SFRLoss(nn.Module):
+class SFRLoss(TensorState):
     r"""The criterion of self-feature regularization; takes the place of ``nn.CrossEntropyLoss()``.
 
     .. math:: L = L_\text{label} + \lambda_t \, L_\text{feature}
@@ -101,6 +102,8 @@ class SFRLoss(nn.Module):
         model: the :class:`sfr.SFRWrapper`, also inside DDP or ``torch.compile``.
         label_loss: called with the logits and the target as they are, and to return a 0-d tensor; a module's state is
             part of the criterion's. None means :class:`sfr.DynamicLabelSmoothing`.
+        num_classes: number of classes, >= 1; None takes the width of the model's last layer. It has an effect where
+            ``state_dict()`` is asked for before the first batch, as by ``torch.distributed.checkpoint``.
 
     Raises:
         TypeError: if `model` holds no :class:`sfr.SFRWrapper`, or `label_loss` cannot be called.
@@ -114,11 +117,17 @@ class SFRLoss(nn.Module):
         ['feature', 'label', 'share', 'similarity 0 <- 1', 'weight']
     """
 
+    state_names = required_names = ("step",)
     _model: SFRWrapper
     _nonfinite: Tensor | None
     config: SFRConfig
 
-    def __init__(self, model: nn.Module, label_loss: Callable[[Tensor, Any], Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        label_loss: Callable[[Tensor, Any], Tensor] | None = None,
+        num_classes: int | None = None,
+    ) -> None:
         super().__init__()
         if label_loss is not None and not callable(label_loss):
             raise TypeError(f"label_loss must be a function of logits and target, or None; got {label_loss!r}")
@@ -135,7 +144,10 @@ class SFRLoss(nn.Module):
             update=config.update,
             ignore_index=config.ignore_index,
             num_samples=config.num_samples,
+            num_classes=num_classes,
         )
+        if label_loss is None and num_classes is None:
+            self.labels.expect_classes(_width_of(self._model))
         self.label_loss = label_loss
         self.step = 0
         self.last: LossParts | None = None
@@ -334,13 +346,19 @@ class SFRLoss(nn.Module):
             self._warned.add(kind)
             warnings.warn(message, stacklevel=5)
 
-    def get_extra_state(self) -> dict[str, Any]:
+    def tensor_state(self) -> dict[str, Tensor]:
         """Return the step; called by ``state_dict``."""
-        return {"step": self.step}
+        return {"step": torch.tensor(self.step)}
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def load_tensor_state(self, state: Mapping[str, Any]) -> None:
         """Restore the step; called by ``load_state_dict``."""
-        self.step = state["step"]
+        self.step = int(state["step"])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if prefix and not any(key.startswith(prefix) for key in state_dict):
+            # The checkpoint of a module trained without this criterion, which then starts where it stands.
+            state_dict.update(self.state_dict(prefix=prefix))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"last": None, "_nonfinite": None}
@@ -354,3 +372,11 @@ def _wrapper_in(model: object) -> SFRWrapper:
     if inner is None:
         raise TypeError(f"SFRLoss needs an SFRWrapper: model = sfr.SFRWrapper(model); got {type(model).__name__}")
     return inner
+
+
+def _width_of(model: nn.Module) -> int | None:
+    """Return the width of the last layer of a model, by which its classes are counted before there are logits."""
+    layers = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
+    if not layers:
+        return None
+    return getattr(layers[-1], "out_features", getattr(layers[-1], "out_channels", None))

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfr.config import DEFAULT_ALPHA, IGNORE_INDEX, Smoothing, Update, check_choice, check_num_samples, check_number
 from sfr.past import PastPredictions
+from sfr.state import TensorState
 
 # Above so many classes a step exchanges and updates only the rows of S whose class was seen. The host of an accelerator
 # has to wait to know which, and is spared that as long as the whole of S is a small message (16 MiB).
 ALL_ROWS_UP_TO = 2048
 ALL_ROWS_ON_CPU_UP_TO = 128
+
+STATISTICS = ("distributions", "sums", "counts")
+NO_STATISTICS = (
+    "the state holds no label statistics, which a run of {} steps has. torch.distributed.checkpoint loads no more than "
+    "a fresh criterion's state_dict() names, and this one cannot know their size yet: state num_classes="
+)
 
 
 def smooth_labels(target: Tensor, distributions: Tensor, alpha: float) -> Tensor:
@@ -45,7 +53,7 @@ def smooth_labels(target: Tensor, distributions: Tensor, alpha: float) -> Tensor
     return smoothed
 
 
-class DynamicLabelSmoothing(nn.Module):
+class DynamicLabelSmoothing(TensorState):
     r"""Cross-entropy against targets smoothed by what the network itself said: of the class, or of the sample.
 
     .. math:: L = -\sum_k q_k \log p_k, \qquad q = (1 - \alpha_t)\,\mathrm{onehot}(y) + \alpha_t S_t[y]
@@ -87,6 +95,8 @@ class DynamicLabelSmoothing(nn.Module):
         sync: sum the statistics over the ranks of ``torch.distributed``: K x (K + 1) numbers a step; of more than 2048
             classes (128 on the CPU) K numbers, and K + 1 for each class seen in the step. With "past" the ranks
             exchange the predictions of the step.
+        num_classes: K, >= 1; needed only where ``state_dict()`` must have the size of the statistics before the first
+            logits, as for ``torch.distributed.checkpoint``.
 
     Example:
         >>> criterion = DynamicLabelSmoothing(mode="uniform", alpha=0.1)
@@ -95,6 +105,8 @@ class DynamicLabelSmoothing(nn.Module):
         True
     """
 
+    state_names = ("step", *STATISTICS)
+    required_names = ("step",)
     distributions: Tensor
     sums: Tensor
     counts: Tensor
@@ -110,6 +122,7 @@ class DynamicLabelSmoothing(nn.Module):
         ignore_index: int = IGNORE_INDEX,
         num_samples: int | None = None,
         sync: bool = True,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         check_choice("mode", mode, Smoothing)
@@ -127,11 +140,24 @@ class DynamicLabelSmoothing(nn.Module):
         self.alpha, self.alpha_end, self.alpha_steps = alpha, alpha_end, alpha_steps
         self.momentum = momentum
         self.step = 0
+        self.past = PastPredictions(num_samples, sync) if num_samples is not None else None
+        self._forget()
+        if num_classes is not None:
+            check_number("num_classes", num_classes, 1, whole=True)
+        self.num_classes = num_classes
+        self.expect_classes(num_classes)
+
+    def _forget(self) -> None:
+        """Start the statistics anew."""
         # (K, K), (K, K) and (K,) once K is known: from the first logits or a state dict, whichever comes first. The
         # sums are those of an epoch; "running" has none.
-        self.distributions, self.sums = torch.empty(0, 0), torch.empty(0, 0)
-        self.counts = torch.empty(0)
-        self.past = PastPredictions(num_samples, sync) if num_samples is not None else None
+        self.distributions, self.sums, self.counts = torch.empty(0, 0), torch.empty(0, 0), torch.empty(0)
+
+    def expect_classes(self, number: int | None) -> None:
+        """Tell the number of classes that the statistics in ``state_dict()`` have before the first logits."""
+        self._expected_classes = number
+        if self.past is not None:
+            self.past.expected_classes = number
 
     def current_alpha(self) -> float:
         """Return the alpha of the next training step."""
@@ -205,25 +231,37 @@ class DynamicLabelSmoothing(nn.Module):
             raise RuntimeError("end_epoch() belongs to update='epoch'; with 'running' the class means need no call")
         seen = (self.counts > 0)[:, None]
         means = self.sums / self.counts.clamp_min(1)[:, None]
-        self.distributions = torch.where(seen, means, self.distributions)
-        self.sums, self.counts = torch.zeros_like(self.sums), torch.zeros_like(self.counts)
+        self.distributions.copy_(torch.where(seen, means, self.distributions))
+        self.sums.zero_()
+        self.counts.zero_()
 
     def _prepare(self, like: Tensor) -> None:
-        """Create the statistics at the first logits, or bring restored ones to their device."""
+        """Create the statistics at the first logits, or bring restored ones to their device and dtype."""
         classes = like.shape[1]
         if not len(self.distributions):
-            self.distributions = like.new_full((classes, classes), 1.0 / classes)
-            self.counts = like.new_zeros(classes)
-            if self.update == "epoch":
-                self.sums = like.new_zeros(classes, classes)
+            if self.num_classes not in (None, classes):
+                raise ValueError(f"num_classes={self.num_classes}, and the logits have {classes}")
+            with torch.inference_mode(False):  # tensors made inside it could not be written into outside
+                self._set_statistics(self._beginning(classes, like))
         elif len(self.distributions) != classes:
             raise ValueError(
-                f"the label statistics are of {len(self.distributions)} classes; the logits have {classes}"
+                f"the label statistics are of {len(self.distributions)} classes; the logits have {classes}. "
+                "For a model with another head make a new criterion"
             )
-        elif self.distributions.device != like.device:
-            self.distributions, self.sums, self.counts = (
-                state.to(like.device) for state in (self.distributions, self.sums, self.counts)
-            )
+        elif (self.distributions.device, self.distributions.dtype) != (like.device, like.dtype):
+            with torch.inference_mode(False):
+                self._set_statistics({name: getattr(self, name).to(like) for name in STATISTICS})
+
+    def _beginning(self, classes: int, like: Tensor) -> dict[str, Tensor]:
+        """Return the statistics of no sample."""
+        statistics = {"distributions": like.new_full((classes, classes), 1.0 / classes)}
+        if self.update == "epoch":
+            statistics["sums"] = like.new_zeros(classes, classes)
+        return {**statistics, "counts": like.new_zeros(classes)}
+
+    def _set_statistics(self, statistics: Mapping[str, Tensor]) -> None:
+        for name, value in statistics.items():
+            setattr(self, name, value)
 
     @torch.no_grad()
     def _observe(self, log_probabilities: Tensor, target: Tensor, images: int) -> None:
@@ -261,15 +299,26 @@ class DynamicLabelSmoothing(nn.Module):
         if self.sync and dist.is_available() and dist.is_initialized():
             dist.all_reduce(values)
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return the step and a copy of the statistics; called by ``state_dict``."""
-        statistics = {name: getattr(self, name).clone() for name in ("distributions", "sums", "counts")}
-        return {"step": self.step, **statistics}
+    def tensor_state(self) -> dict[str, Tensor]:
+        """Return the step, and the statistics if the number of classes is known."""
+        statistics = {name: getattr(self, name) for name in STATISTICS if len(getattr(self, name))}
+        if not statistics and self.mode == "class_mean" and self._expected_classes is not None:
+            statistics = self._beginning(self._expected_classes, like=torch.empty(0))
+        return {"step": torch.tensor(self.step), **statistics}
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`get_extra_state` gave; called by ``load_state_dict``."""
-        for name, value in state.items():
-            setattr(self, name, value.clone() if isinstance(value, Tensor) else value)
+    def load_tensor_state(self, state: Mapping[str, Any]) -> None:
+        """Restore the step and, unless it is the first, the statistics; called by ``load_state_dict``."""
+        self.step = int(state["step"])
+        self._forget()
+        if self.step:
+            self._set_statistics({name: state[name] for name in STATISTICS if len(state.get(name, ()))})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        of_past = any(key.startswith(f"{prefix}past.") for key in state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        needed = {"class_mean": len(self.distributions) == len(self.counts) > 0, "past": of_past}
+        if self.step and not needed.get(self.mode, True):
+            rest[-1].append(NO_STATISTICS.format(self.step))  # the list of errors
 
     def extra_repr(self) -> str:
         return f"mode={self.mode}, alpha={self.alpha}, alpha_end={self.alpha_end}, update={self.update}"

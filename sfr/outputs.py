@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -25,7 +25,7 @@ def logits_in(output: Any) -> Tensor | None:
         if _is_floating(parts.get(name)):
             logits: Tensor = parts[name]
             return logits
-    leaves = [leaf for leaf in tree_leaves(list(_parts(output))) if _is_floating(leaf)]
+    leaves = [leaf for leaf in tree_leaves(_parts(output)) if _is_floating(leaf)]
     return next((leaf for leaf in leaves if leaf.ndim > 1), leaves[0] if leaves else None)
 
 
@@ -89,8 +89,13 @@ def named_parts(output: Any) -> dict[Any, Any]:
     return {} if isinstance(output, (Tensor, tuple, list, type)) else getattr(output, "__dict__", {})
 
 
-def _parts(output: Any) -> Iterable[Any]:
-    return named_parts(output).values() or (output if isinstance(output, (tuple, list)) else [output])
+def _parts(output: Any) -> list[Any]:
+    """Return the parts of an output; torch.compile traces this for tensors, tuples and mappings."""
+    if isinstance(output, (Tensor, tuple, list)):
+        return [output] if isinstance(output, Tensor) else list(output)
+    if isinstance(output, Mapping):
+        return list(output.values())
+    return list(named_parts(output).values())
 
 
 def _is_floating(part: Any) -> bool:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfr.config import check_number
+from sfr.state import TensorState
 
 
-class PastPredictions(nn.Module):
+class PastPredictions(TensorState):
     """A table of one distribution per training sample, the same on all ranks.
 
     It takes ``2 * num_samples * K`` bytes on the device of the logits, for K classes, and as much in a checkpoint.
@@ -30,12 +33,17 @@ class PastPredictions(nn.Module):
                 [1.0000, 0.0000]])
     """
 
+    state_names = ("table",)
     table: Tensor
+    expected_classes: int | None = None  # K, if it is to be known before the first distributions
 
     def __init__(self, num_samples: int, sync: bool = True) -> None:
         super().__init__()
         check_number("num_samples", num_samples, 1, whole=True)
         self.num_samples, self.sync = num_samples, sync
+        self._forget()
+
+    def _forget(self) -> None:
         self.table = torch.empty(0, 0, dtype=torch.float16)  # (num_samples, K) once K is known
 
     def checked(self, index: Tensor | None, samples: int) -> Tensor:
@@ -74,20 +82,31 @@ class PastPredictions(nn.Module):
 
     def _prepare(self, like: Tensor) -> None:
         """Create the table for the first distributions, or bring a restored one to their device."""
-        if not len(self.table):
-            self.table = self.table.new_zeros(self.num_samples, like.shape[1], device=like.device)
+        with torch.inference_mode(False):  # a tensor made inside it could not be written into outside
+            if not len(self.table):
+                self.table = self._beginning(like.shape[1])
+            self.table = self.table.to(like.device)
         expected = (self.num_samples, like.shape[1])
         if self.table.shape != expected:
-            raise ValueError(f"the past predictions are of shape {tuple(self.table.shape)}, not {expected}")
-        self.table = self.table.to(like.device)
+            raise ValueError(
+                f"the past predictions are of shape {tuple(self.table.shape)}, not {expected}. For another training "
+                "set or a model with another head make a new criterion"
+            )
 
-    def get_extra_state(self) -> Tensor:
-        """Return a copy of the table; called by ``state_dict``."""
-        return self.table.clone()
+    def _beginning(self, classes: int) -> Tensor:
+        return torch.zeros(self.num_samples, classes, dtype=torch.float16)
 
-    def set_extra_state(self, state: Tensor) -> None:
-        """Restore what :meth:`get_extra_state` gave; called by ``load_state_dict``."""
-        self.table = state.clone()
+    def tensor_state(self) -> dict[str, Tensor]:
+        """Return the table, if the number of classes is known."""
+        if len(self.table):
+            return {"table": self.table}
+        return {} if self.expected_classes is None else {"table": self._beginning(self.expected_classes)}
+
+    def load_tensor_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the table; called by ``load_state_dict``."""
+        self._forget()
+        if "table" in state and state["table"].any():
+            self.table = state["table"]
 
     def extra_repr(self) -> str:
         return f"num_samples={self.num_samples}"

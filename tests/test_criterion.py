@@ -130,7 +130,7 @@ def test_the_parts_of_the_last_loss_add_up_and_hold_no_graph(build, batch):
 def test_the_criterion_owns_no_parameter_of_the_model(build):
     _, criterion = build()
     assert not list(criterion.parameters())
-    assert sorted(criterion.state_dict()) == ["_extra_state", "labels._extra_state"]
+    assert sorted(criterion.state_dict()) == ["labels.counts", "labels.distributions", "labels.step", "step"]
 
 
 def test_validation_loss_is_plain_cross_entropy_and_changes_nothing(build, batch):

@@ -67,8 +67,10 @@ class OneHotOfUnknown(sfr.DynamicLabelSmoothing):
     """Counts a sample that is not classified correctly in the class means, as its one-hot label."""
 
     def __init__(self, alpha: float, num_classes: int) -> None:
-        super().__init__(alpha=alpha)
-        self.distributions, self.counts = torch.eye(num_classes), torch.zeros(num_classes)
+        super().__init__(alpha=alpha, num_classes=num_classes)
+
+    def _beginning(self, classes: int, like: Tensor) -> dict[str, Tensor]:
+        return {"distributions": torch.eye(classes).to(like), "counts": like.new_zeros(classes)}
 
     def _observe(self, log_probabilities: Tensor, target: Tensor, images: int) -> None:
         onehot = F.one_hot(target, log_probabilities.shape[1]).to(log_probabilities)

@@ -1,0 +1,58 @@
+"""TensorState: a module whose state is tensors of sizes that need not be known before the first batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+# The key of nn.Module's get_extra_state, under which the state was kept before it was tensors.
+EXTRA_STATE = "_extra_state"
+
+
+class TensorState(nn.Module):
+    """Base of a module that keeps its state in ``state_dict()`` as tensors, which are no buffers.
+
+    DDP would send buffers to all ranks in every step, ``.half()`` would round them, and those of a fresh module could
+    not be loaded from larger ones. A ``state_dict()`` holds copies: training on does not change it.
+    """
+
+    state_names: ClassVar[tuple[str, ...]]
+    required_names: ClassVar[tuple[str, ...]] = ()  # a state without these is an incomplete one
+
+    def tensor_state(self) -> dict[str, Tensor]:
+        """Return the state under `state_names`; those of a size not known yet may be missing."""
+        raise NotImplementedError
+
+    def load_tensor_state(self, state: Mapping[str, Any]) -> None:
+        """Take over a state, copies of :meth:`tensor_state`; what is missing there is at its beginning."""
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: copy_of(value) for name, value in self.tensor_state().items()})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict.update(self._state_of_before(state_dict.pop(prefix + EXTRA_STATE, None), prefix))
+        keys = {prefix + name: name for name in self.state_names}
+        own = {keys[key]: copy_of(state_dict.pop(key)) for key in keys if key in state_dict}
+        missing = [prefix + name for name in self.required_names if name not in own]
+        if missing:
+            rest[2].extend(missing)  # the list of missing keys
+        else:
+            self.load_tensor_state(own)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _state_of_before(self, extra_state: Any, prefix: str) -> dict[str, Tensor]:
+        """Return by key the state in what :meth:`get_extra_state` once returned: a dict, or the only tensor."""
+        if isinstance(extra_state, Tensor):
+            extra_state = {self.state_names[0]: extra_state}
+        return {prefix + name: torch.as_tensor(value) for name, value in (extra_state or {}).items()}
+
+
+def copy_of(value: Tensor) -> Tensor:
+    """Return a copy that may be written into, also inside ``torch.inference_mode()``."""
+    with torch.inference_mode(False):
+        return value.detach().clone()
