@@ -18,6 +18,11 @@ Update: TypeAlias = Literal["running", "epoch"]
 Reduction: TypeAlias = Literal["mean", "none"]
 
 IGNORE_INDEX = -100  # that of F.cross_entropy
+# Fields of the label term, and the kinds of smoothing that they have an effect on.
+EFFECTIVE: dict[tuple[str, ...], tuple[Smoothing, ...]] = {
+    ("alpha", "alpha_end", "alpha_steps"): ("class_mean", "past", "uniform"),
+    ("momentum", "update"): ("class_mean",),
+}
 DEFAULT_ALPHA: dict[str, float] = {"class_mean": 0.5, "past": 0.5, "uniform": 0.1, "none": 0.0}
 
 
@@ -39,12 +44,21 @@ def check_number(argument: str, value: object, low: float, high: float = float("
         raise ValueError(f"{argument} must {allowed}; got {value!r}")
 
 
-def check_num_samples(smoothing: Smoothing, value: int | None) -> None:
+def check_num_samples(argument: str, mode: Smoothing, value: int | None) -> None:
     """Raise unless the number of training samples is given where, and only where, the label term needs it."""
-    if (value is None) == (smoothing == "past"):
-        raise ValueError(f"num_samples must be given for smoothing='past' and only then; got {value!r}")
+    if (value is None) == (mode == "past"):
+        raise ValueError(f"num_samples must be given for {argument}='past' and only then; got {value!r}")
     if value is not None:
         check_number("num_samples", value, 1, whole=True)
+
+
+def check_ramp(alpha: float | None, alpha_end: float | None, alpha_steps: int) -> None:
+    """Raise if alpha is to move and it is not said how fast, or the other way round."""
+    if alpha_end is not None and alpha_end != alpha and alpha_steps == 1:
+        raise ValueError(
+            f"alpha_end={alpha_end!r} needs alpha_steps, the training steps over which alpha moves to it, at least 2: "
+            "for a whole run the number of epochs times len(loader)"
+        )
 
 
 @dataclass(frozen=True)
@@ -124,13 +138,14 @@ class SFRConfig:
             et al., arXiv 2011.12562) and "past", 0.1 for "uniform"; with "class_mean" soft targets (MixUp, CutMix)
             are smoothed only if `alpha` or `alpha_end` is given.
         alpha_end: if given, alpha moves linearly from `alpha` to `alpha_end` over `alpha_steps` steps.
-        alpha_steps: length of that move in training steps, >= 1.
+        alpha_steps: length of that move in training steps; needed with `alpha_end`, >= 2.
         momentum: weight of one sample in the running class means, in (0, 1]. 0.01 averages over about 100 samples.
         update: "running" (class means move at every step) or "epoch" (Zhang et al.; call ``criterion.end_epoch()``).
         ignore_index: class index that marks a label to be left out of the label term; -100, as ``F.cross_entropy``.
 
     Raises:
-        TypeError, ValueError: naming the field, the value got and what is allowed.
+        TypeError, ValueError: naming the field, the value got and what is allowed, or fields of the label term that
+            have no effect with this `smoothing`.
 
     Example:
         >>> SFRConfig(weight=0.1, pairs="last").weight
@@ -173,10 +188,12 @@ class SFRConfig:
         check_number("alpha_steps", self.alpha_steps, 1, whole=True)
         check_number("momentum", self.momentum, 1e-6, 1)
         check_number("ignore_index", self.ignore_index, -(2**63), 2**63 - 1, whole=True)
-        check_num_samples(self.smoothing, self.num_samples)
+        check_num_samples("smoothing", self.smoothing, self.num_samples)
         for name in ("alpha", "alpha_end"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0, 1)
+        self._check_effect()
+        check_ramp(self.alpha, self.alpha_end, self.alpha_steps)
         if not isinstance(self.detach_deep, bool):
             raise TypeError(f"detach_deep must be a bool; got {self.detach_deep!r}")
         if isinstance(self.pairs, str):
@@ -210,6 +227,20 @@ class SFRConfig:
     def largest_weight(self) -> float:
         """The largest λ of a training."""
         return max(self.weight.start, self.weight.end) if isinstance(self.weight, Ramp) else self.weight
+
+    def _check_effect(self) -> None:
+        """Raise if fields of the label term are set that have no effect."""
+        idle = []
+        for names, smoothing in EFFECTIVE.items():
+            given = [name for name in names if getattr(self, name) != getattr(SFRConfig, name)]
+            if given and self.smoothing not in smoothing:
+                idle.append(f"{', '.join(given)} (of smoothing={' or '.join(map(repr, smoothing))})")
+        if idle:
+            raise ValueError(f"without effect with smoothing={self.smoothing!r}, leave out: {'; '.join(idle)}")
+        if self.alpha_end is None and self.alpha_steps != SFRConfig.alpha_steps:
+            raise ValueError(
+                "without effect, leave out: alpha_steps (of alpha_end, to which alpha moves in these steps)"
+            )
 
     def _freeze(self, name: str, value: tuple[Any, ...]) -> None:
         object.__setattr__(self, name, value)

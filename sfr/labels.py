@@ -10,7 +10,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfr.config import DEFAULT_ALPHA, IGNORE_INDEX, Smoothing, Update, check_choice, check_num_samples, check_number
+from sfr.config import (
+    DEFAULT_ALPHA,
+    IGNORE_INDEX,
+    Smoothing,
+    Update,
+    check_choice,
+    check_num_samples,
+    check_number,
+    check_ramp,
+)
 from sfr.past import PastPredictions
 from sfr.state import TensorState
 
@@ -25,6 +34,15 @@ NO_STATISTICS = (
     "a fresh criterion's state_dict() names, and this one cannot know their size yet: state num_classes="
 )
 
+# Soft targets of half precision do not sum to 1 exactly; those of several labels an image are off by 1 or more.
+SUM_TOLERANCE = 0.01
+OTHER_LOSSES = (
+    "For a regression or a single yes or no pass its loss, as in SFRLoss(model, label_loss=nn.MSELoss()) or "
+    "label_loss=nn.BCEWithLogitsLoss()"
+)
+ONE_HOT = "If it is one-hot, pass target.argmax(dim=1), or target.float() as soft targets"
+CLASSES_LAST = "Axis 1 of the logits is the classes; if yours are last, pass logits.movedim(-1, 1)"
+
 
 def smooth_labels(target: Tensor, distributions: Tensor, alpha: float) -> Tensor:
     """Return the smoothed target distributions ``(1 - alpha) * onehot(y) + alpha * S[y]``.
@@ -32,11 +50,15 @@ def smooth_labels(target: Tensor, distributions: Tensor, alpha: float) -> Tensor
     Args:
         target: class indices, shape (N,), or soft targets, shape (N, K); soft targets take the one-hot's place and
             mix the rows of S in the same proportions.
-        distributions: S, one distribution per class, shape (K, K).
+        distributions: S, one distribution per class, shape (K, K), floating.
         alpha: share of S in the target, in [0, 1].
 
     Returns:
         Distributions of shape (N, K), in the dtype of `distributions`.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is of the wrong kind, shape or range; the values of a target are
+            checked on the CPU only.
 
     Reference:
         Zhang et al., Delving Deep into Label Smoothing, arXiv 2011.12562, with ``1 - alpha`` where they write alpha.
@@ -45,11 +67,41 @@ def smooth_labels(target: Tensor, distributions: Tensor, alpha: float) -> Tensor
         >>> smooth_labels(torch.tensor([1]), torch.full((2, 2), 0.5), alpha=0.2)
         tensor([[0.1000, 0.9000]])
     """
+    check_number("alpha", alpha, 0, 1)
+    if not isinstance(distributions, Tensor) or not distributions.is_floating_point():
+        kind = getattr(distributions, "dtype", type(distributions).__name__)
+        raise TypeError(f"distributions must be a floating-point tensor; got {kind}")
+    if distributions.ndim != 2 or distributions.shape[0] != distributions.shape[1]:
+        raise ValueError(
+            f"distributions must have shape (K, K), a row for each class; got {tuple(distributions.shape)}"
+        )
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor; got {type(target).__name__}")
+    classes = len(distributions)
     if target.is_floating_point():
-        soft = target.to(distributions.dtype)
-        return (1 - alpha) * soft + alpha * (soft @ distributions)
-    smoothed = alpha * distributions[target]
-    smoothed[torch.arange(len(target), device=target.device), target] += 1 - alpha
+        if target.ndim != 2 or target.shape[1] != classes:
+            raise ValueError(f"target: soft targets must have shape (N, {classes}); got {tuple(target.shape)}")
+        _check_sums(target, wait=False)
+    else:
+        if target.ndim != 1 or target.dtype == torch.bool:
+            raise ValueError(f"target: class indices must have shape (N,); got {target.dtype} {tuple(target.shape)}")
+        _check_range(target.long(), classes, None)
+    return _smoothed(target, _rows_of(target, distributions), alpha)
+
+
+def _rows_of(target: Tensor, distributions: Tensor) -> Tensor:
+    """Return S[y], (N, K): the rows of the classes, or their mixtures by soft targets."""
+    return (
+        target.to(distributions.dtype) @ distributions if target.is_floating_point() else distributions[target.long()]
+    )
+
+
+def _smoothed(target: Tensor, rows: Tensor, alpha: float) -> Tensor:
+    """Return (1 - alpha) * onehot(y) + alpha * rows, (N, K)."""
+    if target.is_floating_point():
+        return (1 - alpha) * target.to(rows.dtype) + alpha * rows
+    smoothed = alpha * rows
+    smoothed[torch.arange(len(target), device=target.device), target.long()] += 1 - alpha
     return smoothed
 
 
@@ -79,13 +131,16 @@ class DynamicLabelSmoothing(TensorState):
     step, and the one-hot label before that (Kim et al., PS-KD, ICCV 2021, arXiv 2006.12000, who let alpha rise from 0
     to 0.8 over the training). It is for classification with class indices: a mixed image has no past.
 
-    In evaluation mode the loss is the plain cross-entropy and nothing is updated.
+    A class whose logit is -inf is impossible for the sample: S leaves it out, so that the loss is finite wherever the
+    plain cross-entropy is.
+
+    In evaluation mode the loss is the plain cross-entropy and nothing is updated. An empty batch gives NaN, as there.
 
     Args:
         mode: "class_mean", "past", "uniform" (S = 1/K) or "none" (plain cross-entropy).
         alpha: share of S in the target, in [0, 1]; None means 0.5, 0.5, 0.1 and 0 for the four modes.
         alpha_end: if given, alpha moves linearly to it over `alpha_steps` training steps.
-        alpha_steps: length of that move, >= 1.
+        alpha_steps: length of that move; needed with `alpha_end`, >= 2.
         momentum: weight of one sample in the running mean, in (0, 1].
         update: "running" or "epoch".
         ignore_index: class index that marks a label to be left out, as in ``F.cross_entropy``; where all are, the loss
@@ -126,7 +181,7 @@ class DynamicLabelSmoothing(TensorState):
     ) -> None:
         super().__init__()
         check_choice("mode", mode, Smoothing)
-        check_num_samples(mode, num_samples)
+        check_num_samples("mode", mode, num_samples)
         check_choice("update", update, Update)
         self.smooth_soft_targets = not (alpha is None and alpha_end is None)
         alpha = DEFAULT_ALPHA[mode] if alpha is None else alpha
@@ -134,12 +189,14 @@ class DynamicLabelSmoothing(TensorState):
         check_number("alpha", alpha, 0, 1)
         check_number("alpha_end", alpha_end, 0, 1)
         check_number("alpha_steps", alpha_steps, 1, whole=True)
+        check_ramp(alpha, alpha_end, alpha_steps)
         check_number("momentum", momentum, 1e-6, 1)
         check_number("ignore_index", ignore_index, -(2**63), 2**63 - 1, whole=True)
         self.mode, self.update, self.ignore_index, self.sync = mode, update, ignore_index, sync
         self.alpha, self.alpha_end, self.alpha_steps = alpha, alpha_end, alpha_steps
         self.momentum = momentum
         self.step = 0
+        self._looked = False
         self.past = PastPredictions(num_samples, sync) if num_samples is not None else None
         self._forget()
         if num_classes is not None:
@@ -175,20 +232,24 @@ class DynamicLabelSmoothing(TensorState):
             TypeError, ValueError: for logits, a target or an index of the wrong kind or shape, and, on the CPU, for a
                 class index or a number out of range (reading those of another device would make the host wait).
         """
-        target = checked_target(logits, target, self.ignore_index)
+        # Where looking at the values makes the host wait, once is enough.
+        target = checked_target(logits, target, self.ignore_index, wait=not self._looked)
+        self._looked = True
         if not self.training or self.mode == "none" or self.alpha == self.alpha_end == 0:
             return cross_entropy(logits, target, self.ignore_index)
         if self.past is not None:
             return self._towards_the_past(self.past, logits, target, index)
         alpha = self.current_alpha()
         self.step += 1
-        if self.mode != "class_mean":
+        if self.mode == "uniform" and not _may_hold_infinity(logits):
             return cross_entropy(logits, target, self.ignore_index, alpha)
         log_probabilities = F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        self._prepare(log_probabilities)
         # One row for each position: (N, K).
-        rows = log_probabilities.movedim(1, -1).flatten(0, -2)
-        labels = target.movedim(1, -1).flatten(0, -2) if target.is_floating_point() else target.flatten()
+        rows = log_probabilities.movedim(1, -1).reshape(-1, logits.shape[1])
+        labels = target.movedim(1, -1).reshape(rows.shape) if target.is_floating_point() else target.flatten()
+        if self.mode == "uniform":
+            return self._smoothed_cross_entropy(rows, labels, alpha)
+        self._prepare(log_probabilities)
         if target.is_floating_point() and not self.smooth_soft_targets:
             loss = cross_entropy(logits, target, self.ignore_index)
         else:
@@ -200,25 +261,27 @@ class DynamicLabelSmoothing(TensorState):
     def _towards_the_past(self, past: PastPredictions, logits: Tensor, target: Tensor, index: Tensor | None) -> Tensor:
         if logits.ndim != 2 or target.is_floating_point():
             raise ValueError(
-                "smoothing='past' needs logits of shape (B, K) and class indices: a mixed image has no past; "
-                f"got logits {tuple(logits.shape)} and a {target.dtype} target"
+                "the term of past predictions needs logits of shape (B, K) and class indices: a mixed image has no "
+                f"past; got logits {tuple(logits.shape)} and a {target.dtype} target"
             )
         index = past.checked(index, len(logits))
         alpha = self.current_alpha()
         self.step += 1
         log_probabilities = F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
         kept = target != self.ignore_index
-        onehot = F.one_hot(target.where(kept, 0), logits.shape[1]).to(log_probabilities)
-        smoothed = (1 - alpha) * onehot + alpha * past.recall(index, otherwise=onehot)
+        target = target.where(kept, 0)
+        onehot = F.one_hot(target, logits.shape[1]).to(log_probabilities)
+        recalled = past.recall(index, otherwise=onehot)
         past.remember(index, log_probabilities.detach().exp())
-        return _mean_cross_entropy(smoothed, log_probabilities, kept)
+        return _cross_entropy_towards(target, recalled, alpha, log_probabilities, kept)
 
     def _smoothed_cross_entropy(self, log_probabilities: Tensor, target: Tensor, alpha: float) -> Tensor:
-        if target.is_floating_point():
-            return -(smooth_labels(target, self.distributions, alpha) * log_probabilities).sum(dim=1).mean()
-        kept = target != self.ignore_index
-        smoothed = smooth_labels(target.where(kept, 0), self.distributions, alpha)
-        return _mean_cross_entropy(smoothed, log_probabilities, kept)
+        kept = None if target.is_floating_point() else target != self.ignore_index
+        target = target if kept is None else target.where(kept, 0)
+        rows = log_probabilities.new_tensor(1.0 / log_probabilities.shape[1]).expand_as(log_probabilities)
+        if self.mode == "class_mean":
+            rows = _rows_of(target, self.distributions)
+        return _cross_entropy_towards(target, rows, alpha, log_probabilities, kept)
 
     @torch.no_grad()
     def end_epoch(self) -> None:
@@ -324,10 +387,38 @@ class DynamicLabelSmoothing(TensorState):
         return f"mode={self.mode}, alpha={self.alpha}, alpha_end={self.alpha_end}, update={self.update}"
 
 
-def _mean_cross_entropy(targets: Tensor, log_probabilities: Tensor, kept: Tensor) -> Tensor:
-    """Return the mean cross-entropy of the rows (N, K) that are `kept` (N,); NaN if none is."""
+def _cross_entropy_towards(
+    target: Tensor, rows: Tensor, alpha: float, log_probabilities: Tensor, kept: Tensor | None = None
+) -> Tensor:
+    """Return the mean cross-entropy of the rows that are `kept` (N,), or of all; NaN if there is none.
+
+    Args:
+        target: class indices (N,) or soft targets (N, K).
+        rows: the distributions (N, K) that share the target with it, by `alpha`.
+        log_probabilities: shape (N, K); -inf for a class that is not possible, which `rows` then leave out.
+    """
+    masked = _may_hold_infinity(log_probabilities)
+    targets = _smoothed(target, _possible(rows, log_probabilities) if masked else rows, alpha)
+    if masked:
+        log_probabilities = log_probabilities.where(targets != 0, 0.0)  # 0 * (-inf) counts as 0
     losses = -(targets * log_probabilities).sum(dim=1)
-    return losses.where(kept, 0.0).sum() / kept.sum()
+    return losses.mean() if kept is None else losses.where(kept, 0.0).sum() / kept.sum()
+
+
+def _possible(rows: Tensor, log_probabilities: Tensor) -> Tensor:
+    """Restrict distributions (N, K) to the classes that are possible; a row that is left with nothing is zero.
+
+    Where all classes are possible nothing changes, to the last bit.
+    """
+    impossible = log_probabilities.detach().isneginf()
+    left = rows.masked_fill(impossible, 0.0)
+    total = left.sum(dim=1, keepdim=True).where(impossible.any(dim=1, keepdim=True), 1.0)
+    return left / total.clamp_min(torch.finfo(left.dtype).tiny)
+
+
+def _may_hold_infinity(values: Tensor) -> bool:
+    """Whether -inf is among the values; always on other devices than the CPU, where looking would cost a sync."""
+    return values.device.type != "cpu" or (values.numel() > 0 and bool(values.detach().amin() == -torch.inf))
 
 
 def _class_sums(log_probabilities: Tensor, label: Tensor, classes: Tensor, images: int) -> tuple[Tensor, Tensor]:
@@ -362,15 +453,22 @@ def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int, smoothing: 
     return F.cross_entropy(logits, target, ignore_index=ignore_index, label_smoothing=smoothing)
 
 
-def checked_target(logits: Tensor, target: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """Return the target as ``F.cross_entropy`` takes it, or raise an error that says what does not fit."""
+def checked_target(logits: Tensor, target: Tensor, ignore_index: int = IGNORE_INDEX, *, wait: bool = False) -> Tensor:
+    """Return the target as ``F.cross_entropy`` takes it, or raise an error that says what does not fit.
+
+    Values are looked at on the CPU, and the sums of soft targets elsewhere, too, if the host may `wait` for them.
+    """
     for name, value in (("logits", logits), ("target", target)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
     if logits.ndim < 2 or not logits.is_floating_point():
         raise ValueError(
             "logits must be floating, of shape (B, K) or (B, K, ...) with the classes on axis 1; "
-            f"got {logits.dtype} {tuple(logits.shape)}"
+            f"got {logits.dtype} {tuple(logits.shape)}. {OTHER_LOSSES}"
+        )
+    if logits.shape[1] == 1:
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} have one class, whose cross-entropy is always 0. {OTHER_LOSSES}"
         )
     if target.is_floating_point():
         if target.shape != logits.shape:
@@ -378,20 +476,43 @@ def checked_target(logits: Tensor, target: Tensor, ignore_index: int = IGNORE_IN
                 f"target: soft targets must have the shape of the logits, {tuple(logits.shape)}; "
                 f"got {tuple(target.shape)}"
             )
+        _check_sums(target, wait)
         return target
     expected = (logits.shape[0], *logits.shape[2:])
     if target.shape != expected:
+        one_hot = target.shape == logits.shape
         raise ValueError(
             f"target: class indices must have shape {expected} for logits of shape {tuple(logits.shape)}; got "
-            f"{tuple(target.shape)}. Axis 1 of the logits is the classes; if yours are last, pass logits.movedim(-1, 1)"
+            f"{tuple(target.shape)}. {ONE_HOT if one_hot else CLASSES_LAST}"
         )
     target = target.long()
-    if target.device.type == "cpu":
-        classes = logits.shape[1]
-        wrong = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
-        if len(wrong):
-            raise ValueError(
-                f"target: class indices must lie in [0, {classes - 1}] or be ignore_index={ignore_index}; "
-                f"got values from {wrong.min().item()} to {wrong.max().item()}"
-            )
+    _check_range(target, logits.shape[1], ignore_index)
     return target
+
+
+def _check_sums(target: Tensor, wait: bool) -> None:
+    """Raise unless soft targets, with the classes on axis 1, are distributions."""
+    if target.device.type != "cpu" and not wait:
+        return
+    sums = target.detach().sum(dim=1, dtype=torch.promote_types(target.dtype, torch.float32))
+    wrong = sums[~((sums - 1).abs() <= SUM_TOLERANCE)]
+    if len(wrong):
+        raise ValueError(
+            "target: the rows of soft targets must sum to 1 over the classes, on axis 1; got a sum of "
+            f"{wrong[0].item():g}. For several labels an image pass another loss, as in "
+            "SFRLoss(model, label_loss=nn.BCEWithLogitsLoss())"
+        )
+
+
+def _check_range(target: Tensor, classes: int, ignore_index: int | None) -> None:
+    """Raise unless class indices are in range; checked on the CPU only, to avoid a device sync."""
+    if target.device.type != "cpu":
+        return
+    outside = (target < 0) | (target >= classes)
+    wrong = target[outside if ignore_index is None else outside & (target != ignore_index)]
+    if len(wrong):
+        ignored = "" if ignore_index is None else f" or be ignore_index={ignore_index}"
+        raise ValueError(
+            f"target: class indices must lie in [0, {classes - 1}]{ignored}; "
+            f"got values from {wrong.min().item()} to {wrong.max().item()}"
+        )

@@ -50,7 +50,7 @@ class PastPredictions(TensorState):
         """Return the numbers of a batch of `samples` as int64, or raise an error that says what does not fit."""
         if index is None:
             raise ValueError(
-                "smoothing='past' needs to know which samples it is given: criterion(logits, target, index=index). "
+                "past predictions need to know which samples these are: criterion(logits, target, index=index). "
                 "torch.utils.data.StackDataset(dataset, range(len(dataset))) gives each sample with its number."
             )
         if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype == torch.bool:
@@ -73,12 +73,19 @@ class PastPredictions(TensorState):
 
     @torch.no_grad()
     def remember(self, index: Tensor, probabilities: Tensor) -> None:
-        """Keep what is said, (B, K), of the samples `index` (B,); nothing of those for which it is not finite."""
+        """Keep what is said, (B, K), of the samples `index` (B,); nothing of those for which it is not finite.
+
+        What is said last of a sample that is there more than once is kept, by the order of the rows and of the ranks.
+        """
         self._prepare(probabilities)
         index, said = index.to(self.table.device), probabilities.to(self.table.dtype).nan_to_num(nan=0.0)
         if self.sync and dist.is_available() and dist.is_initialized():
             index, said = _rows_of_all_ranks(index, said)
-        self.table[index] = said
+        order = index.argsort(stable=True)
+        index = index[order]
+        # All rows of one sample write the same, its last: which of them writes last makes no difference.
+        last = torch.searchsorted(index, index, right=True) - 1
+        self.table[index] = said[order[last]]
 
     def _prepare(self, like: Tensor) -> None:
         """Create the table for the first distributions, or bring a restored one to their device."""

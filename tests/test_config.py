@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +22,6 @@ FULL: dict[str, Any] = {
     "cost": "cosine",
     "marginals": "cross",
     "solver": "sinkhorn",
-    "smoothing": "past",
-    "num_samples": 1000,
     "alpha": 0.3,
     "alpha_end": 0.1,
     "alpha_steps": 50,
@@ -30,20 +29,24 @@ FULL: dict[str, Any] = {
     "update": "epoch",
     "ignore_index": 255,
 }
+PAST: dict[str, Any] = {"smoothing": "past", "num_samples": 1000, "alpha": 0.3}
+tables = pytest.mark.parametrize(
+    "values", [{}, FULL, PAST], ids=["defaults", "fields of class means", "fields of past"]
+)
 
 
-def test_table_of_this_test_covers_every_field_with_another_value_than_the_default() -> None:
-    assert set(FULL) == {field.name for field in fields(SFRConfig)}
-    assert all(value != getattr(SFRConfig(), name) for name, value in FULL.items())
+def test_tables_of_this_test_cover_every_field_with_another_value_than_the_default() -> None:
+    assert set(FULL) | set(PAST) == {field.name for field in fields(SFRConfig)}
+    assert all(value != getattr(SFRConfig(), name) for name, value in (FULL | PAST).items())
 
 
-@pytest.mark.parametrize("values", [{}, FULL], ids=["defaults", "every field set"])
+@tables
 def test_dict_round_trip_gives_an_equal_config(values: dict[str, Any]) -> None:
     config = SFRConfig(**values)
     assert SFRConfig.from_dict(config.to_dict()) == config
 
 
-@pytest.mark.parametrize("values", [{}, FULL], ids=["defaults", "every field set"])
+@tables
 def test_json_round_trip_gives_an_equal_config(values: dict[str, Any]) -> None:
     config = SFRConfig(**values)
     assert SFRConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -54,7 +57,7 @@ def test_missing_keys_take_the_defaults() -> None:
 
 
 def test_to_dict_holds_every_field() -> None:
-    assert SFRConfig(**FULL).to_dict() == FULL
+    assert SFRConfig(**FULL).to_dict() == SFRConfig().to_dict() | FULL
 
 
 def test_unknown_key_is_refused_with_the_known_ones() -> None:
@@ -62,10 +65,10 @@ def test_unknown_key_is_refused_with_the_known_ones() -> None:
         SFRConfig.from_dict({"wieght": 0.1})
 
 
-@pytest.mark.parametrize("name", list(FULL))
+@pytest.mark.parametrize("name", list(FULL | PAST))
 def test_no_field_can_be_assigned(name: str) -> None:
     with pytest.raises(FrozenInstanceError):
-        setattr(SFRConfig(), name, FULL[name])
+        setattr(SFRConfig(), name, (FULL | PAST)[name])
 
 
 def test_lists_become_tuples() -> None:
@@ -99,8 +102,6 @@ def test_regular_expression_for_the_stages_stays_a_string() -> None:
         ("max_grid", 1),
         ("alpha", 0),
         ("alpha", 1.0),
-        ("alpha_end", 0.0),
-        ("alpha_end", 1),
         ("alpha_steps", 1),
         ("momentum", 1),
         ("momentum", 1e-6),
@@ -108,6 +109,52 @@ def test_regular_expression_for_the_stages_stays_a_string() -> None:
 )
 def test_value_at_the_end_of_its_range_is_taken(name: str, value: float) -> None:
     assert getattr(SFRConfig(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize("value", [0.0, 1])
+def test_value_at_the_end_of_the_range_of_alpha_is_one_to_move_to(value: float) -> None:
+    assert SFRConfig(alpha_end=value, alpha_steps=2).alpha_end == value
+
+
+@pytest.mark.parametrize("alpha", [None, 0.0])
+def test_alpha_that_moves_without_the_length_of_its_way_is_refused(alpha: float | None) -> None:
+    with pytest.raises(ValueError, match=r"alpha_end=0.8 needs alpha_steps, .* at least 2.*len\(loader\)"):
+        SFRConfig(alpha=alpha, alpha_end=0.8)
+
+
+@pytest.mark.parametrize(
+    ("values", "idle"),
+    [
+        ({"smoothing": "none", "alpha": 0.9}, "alpha (of smoothing='class_mean' or 'past' or 'uniform')"),
+        ({"smoothing": "none", "alpha_end": 0.9, "alpha_steps": 5}, "alpha_end, alpha_steps (of smoothing="),
+        ({"smoothing": "uniform", "momentum": 0.5}, "momentum (of smoothing='class_mean')"),
+        ({"smoothing": "past", "num_samples": 9, "update": "epoch"}, "update (of smoothing='class_mean')"),
+        ({"smoothing": "none", "alpha": 0.9, "momentum": 0.5, "update": "epoch"}, "'uniform'); momentum, update (of"),
+        ({"alpha": 0.5, "alpha_steps": 5}, "alpha_steps (of alpha_end"),
+    ],
+)
+def test_fields_of_the_label_term_without_effect_are_refused_with_what_they_belong_to(
+    values: dict[str, Any], idle: str
+) -> None:
+    with pytest.raises(ValueError, match=r"^without effect.*leave out: ") as caught:
+        SFRConfig(**values)
+    assert idle in str(caught.value)
+
+
+@pytest.mark.parametrize("smoothing", ["class_mean", "uniform", "none"])
+def test_fields_without_effect_may_be_at_their_defaults(smoothing: Any) -> None:
+    values = SFRConfig(smoothing=smoothing).to_dict()
+    assert SFRConfig.from_dict(values).to_dict() == values
+
+
+def test_settings_of_all_recorded_results_can_be_read() -> None:
+    files = (Path(__file__).parents[1] / "benchmarks/results/accuracy").rglob("*.json")
+    settings = [json.loads(file.read_text()).get("settings") for file in files]
+    known = {field.name for field in fields(SFRConfig)}
+    of_sfr = [values for values in settings if values and "smoothing" in values]
+    assert of_sfr
+    for values in of_sfr:
+        SFRConfig.from_dict({name: value for name, value in values.items() if name in known})
 
 
 @pytest.mark.parametrize(

@@ -414,7 +414,8 @@ def segmentation_batch(batch):
 @pytest.mark.parametrize("smoothing", ["class_mean", "uniform", "none"])
 def test_segmentation_trains_and_leaves_ignored_labels_out(segmentation_batch, smoothing):
     images, labels = segmentation_batch
-    model, criterion = segmenter(weight=0.5, smoothing=smoothing, alpha=0.2, ignore_index=255)
+    alpha = None if smoothing == "none" else 0.2
+    model, criterion = segmenter(weight=0.5, smoothing=smoothing, alpha=alpha, ignore_index=255)
     logits = model(images)
     criterion(logits, labels).backward()
     amount = 0.0 if smoothing == "none" else 0.2

@@ -820,3 +820,212 @@ def test_running_means_hold_no_sums_of_an_epoch() -> None:
     criterion = DynamicLabelSmoothing()
     criterion(*batch(6, seed=1))
     assert criterion.sums.numel() == 0
+
+
+# What cannot be right is an error.
+
+
+def test_alpha_that_moves_without_the_length_of_its_way_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"alpha_end=0.8 needs alpha_steps"):
+        DynamicLabelSmoothing(alpha=0.0, alpha_end=0.8)
+
+
+@pytest.mark.parametrize(
+    ("target", "distributions", "alpha", "error", "message"),
+    [
+        ([0], None, 2, ValueError, r"alpha must lie in \[0, 1\]; got 2"),
+        ([0], None, -0.1, ValueError, "alpha must lie in"),
+        ([0], None, "half", TypeError, "alpha must be a number"),
+        ([0, -1], None, 0.1, ValueError, r"target: class indices must lie in \[0, 3\]; got values from -1 to -1"),
+        ([4], None, 0.1, ValueError, r"target: class indices must lie in \[0, 3\]; got values from 4 to 4"),
+        ([-100], None, 0.1, ValueError, "target: class indices must lie in"),
+        ([[0, 1]], None, 0.1, ValueError, r"target: class indices must have shape \(N,\); got torch.int64 \(1, 2\)"),
+        ([True], None, 0.1, ValueError, "target: class indices must have shape"),
+        ([[0.5, 0.5]], None, 0.1, ValueError, r"target: soft targets must have shape \(N, 4\); got \(1, 2\)"),
+        ([0.5] * 4, None, 0.1, ValueError, r"target: soft targets must have shape \(N, 4\); got \(4,\)"),
+        ([[1.0, 1.0, 0.0, 0.0]], None, 0.1, ValueError, "target: the rows of soft targets must sum to 1"),
+        ([0], torch.ones(4, 3), 0.1, ValueError, r"distributions must have shape \(K, K\).*; got \(4, 3\)"),
+        ([0], torch.ones(4), 0.1, ValueError, r"distributions must have shape \(K, K\)"),
+        (
+            [0],
+            torch.ones(4, 4, dtype=torch.int64),
+            0.1,
+            TypeError,
+            "distributions must be a floating-point tensor; got",
+        ),
+        ([0], [[1.0]], 0.1, TypeError, "distributions must be a floating-point tensor; got list"),
+    ],
+)
+def test_smoothing_labels_names_the_argument_that_does_not_fit(
+    target: Any, distributions: Any, alpha: Any, error: Any, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        smooth_labels(torch.tensor(target), torch.eye(4) if distributions is None else distributions, alpha)
+
+
+def test_smoothing_labels_that_are_no_tensor_is_refused() -> None:
+    with pytest.raises(TypeError, match="target must be a tensor; got list"):
+        smooth_labels([0], torch.eye(4), 0.1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_smoothing_takes_class_indices_of_any_integer_type(dtype: torch.dtype) -> None:
+    target, means = torch.tensor([1, 0, 1]), distributions(CLASSES, CLASSES)
+    assert torch.equal(smooth_labels(target.to(dtype), means, 0.3), smooth_labels(target, means, 0.3))
+
+
+every_mode = pytest.mark.parametrize("mode", ["class_mean", "uniform", "none", "past"])
+either_way = pytest.mark.parametrize("training", [True, False])
+
+
+def of_mode(mode: Any, training: bool = True, **options: Any) -> DynamicLabelSmoothing:
+    num_samples = 100 if mode == "past" else None
+    return DynamicLabelSmoothing(mode, num_samples=num_samples, **options).train(training)
+
+
+@every_mode
+@either_way
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_several_labels_an_image_are_no_distribution(mode: Any, training: bool, dtype: torch.dtype) -> None:
+    logits, target = torch.zeros(2, 3), torch.tensor([[0.0, 1.0, 0.0], [1.0, 1.0, 0.0]], dtype=dtype)
+    with pytest.raises(ValueError, match=r"rows of soft targets must sum to 1.*; got a sum of 2.*BCEWithLogitsLoss"):
+        of_mode(mode, training)(logits, target, torch.arange(2))
+
+
+@pytest.mark.parametrize("row", [[0.0, 0.0, 0.0], [float("nan"), 0.5, 0.5], [3.0, -1.0, 2.0]])
+def test_rows_that_sum_to_something_else_are_refused(row: list[float]) -> None:
+    with pytest.raises(ValueError, match="rows of soft targets must sum to 1"):
+        DynamicLabelSmoothing()(torch.zeros(1, 3), torch.tensor([row]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_soft_targets_rounded_to_half_precision_are_taken(dtype: torch.dtype) -> None:
+    target = (0.9 * F.one_hot(torch.arange(64), 1000) + 0.1 / 1000).to(dtype)
+    assert DynamicLabelSmoothing()(torch.zeros(64, 1000), target).isfinite()
+
+
+@every_mode
+@either_way
+@pytest.mark.parametrize("target", [torch.rand(4, 1), torch.rand(4), torch.zeros(4, dtype=torch.long)])
+def test_a_regression_is_asked_for_a_loss_of_its_own(mode: Any, training: bool, target: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"logits of shape \(4, 1\) have one class.*label_loss=nn.MSELoss\(\)"):
+        of_mode(mode, training)(torch.randn(4, 1), target)
+
+
+def test_a_regression_without_an_axis_of_classes_is_asked_for_a_loss_of_its_own() -> None:
+    with pytest.raises(ValueError, match=r"logits must be floating, .*label_loss=nn.MSELoss\(\)"):
+        DynamicLabelSmoothing()(torch.randn(4), torch.rand(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_a_one_hot_target_of_integers_is_told_what_to_pass(dtype: torch.dtype) -> None:
+    onehot = torch.eye(3, dtype=dtype)
+    with pytest.raises(ValueError, match=r"one-hot, pass target.argmax\(dim=1\), or target.float\(\)"):
+        DynamicLabelSmoothing()(torch.zeros(3, 3), onehot)
+    assert DynamicLabelSmoothing()(torch.zeros(3, 3), onehot.float()).isfinite()
+
+
+def test_another_number_of_classes_is_told_to_make_a_new_criterion() -> None:
+    for mode in ("class_mean", "past"):
+        criterion = of_mode(mode)
+        criterion(torch.zeros(2, 3), torch.tensor([0, 1]), torch.arange(2))
+        with pytest.raises(ValueError, match="model with another head make a new criterion"):
+            criterion(torch.zeros(2, 4), torch.tensor([0, 1]), torch.arange(2))
+
+
+# Masked classes, whose logits are -inf, and batches without a sample.
+
+
+def masked(seed: int, size: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of which one or two classes of each sample are impossible, its label never."""
+    logits, target = batch(size, seed)
+    hidden = torch.rand(size, CLASSES, generator=torch.Generator().manual_seed(seed)).topk(2, dim=1).indices
+    mask = torch.zeros(size, CLASSES, dtype=torch.bool).scatter(1, hidden, True)
+    mask[torch.arange(size), target] = False
+    return logits.masked_fill(mask, -math.inf), target, torch.arange(size)
+
+
+@pytest.mark.parametrize(
+    ("mode", "soft"),
+    [
+        ("class_mean", False),
+        ("class_mean", True),
+        ("uniform", False),
+        ("uniform", True),
+        ("past", False),
+        ("none", False),
+    ],
+)
+def test_the_loss_and_its_gradient_are_finite_with_masked_classes(mode: Any, soft: bool) -> None:
+    criterion = of_mode(mode, alpha=0.5)
+    for step in range(8):
+        logits, target, index = masked(step)
+        if soft:
+            target = torch.randn(6, CLASSES).masked_fill(logits.isneginf(), -math.inf).softmax(dim=1)
+        logits.requires_grad_()
+        loss = criterion(logits, target, index)
+        loss.backward()
+        assert loss.isfinite()
+        assert loss > 0
+        assert logits.grad is not None
+        assert logits.grad.isfinite().all()
+        assert (logits.grad[logits.isneginf()] == 0).all()
+    assert criterion.distributions.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["class_mean", "uniform", "none"])
+def test_a_class_that_is_always_masked_is_as_if_it_were_not_there(mode: Any) -> None:
+    criterion, without = of_mode(mode, alpha=0.3), of_mode(mode, alpha=0.3)
+    for step in range(6):
+        logits, target = batch(8, step)
+        longer = torch.cat([logits, torch.full((8, 2), -math.inf)], dim=1)
+        torch.testing.assert_close(criterion(longer, target), without(logits, target))
+    size = len(without.distributions)
+    torch.testing.assert_close(criterion.counts[:size], without.counts)
+
+
+def test_past_predictions_count_among_the_possible_classes_alone() -> None:
+    criterion = of_mode("past", alpha=0.5)
+    logits, target, index = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([2]), torch.tensor([0])
+    criterion(logits, target, index)
+    loss = criterion(torch.tensor([[-math.inf, 1.0, 1.0]]), target, index)
+    said = torch.tensor([0.0, 2.0, 3.0]).exp() * torch.tensor([0.0, 1.0, 1.0])
+    expected = 0.5 * torch.tensor([0.0, 0.0, 1.0]) + 0.5 * said / said.sum()
+    torch.testing.assert_close(loss, -(expected[1:] * math.log(0.5)).sum(), rtol=1e-3, atol=0)
+
+
+@every_mode
+def test_a_label_that_is_masked_costs_infinity_as_in_cross_entropy(mode: Any) -> None:
+    logits = torch.tensor([[-math.inf, 1.0, 1.0]])
+    assert of_mode(mode, alpha=0.5)(logits, torch.tensor([0]), torch.tensor([0])) == math.inf
+
+
+def test_masked_classes_of_an_image_s_positions_are_left_out() -> None:
+    logits, target = maps(seed=1)
+    target = target.where(target != IGNORED, -100)
+    longer = torch.cat([logits, torch.full_like(logits[:, :1], -math.inf)], dim=1)
+    for mode in ("class_mean", "uniform"):
+        torch.testing.assert_close(of_mode(mode)(longer, target), of_mode(mode)(logits, target))
+
+
+@every_mode
+@either_way
+@pytest.mark.parametrize("rest", [(), (4, 4)], ids=["classification", "segmentation"])
+def test_an_empty_batch_is_nan_as_in_cross_entropy_and_moves_nothing(mode: Any, training: bool, rest: Any) -> None:
+    if rest and mode == "past":
+        pytest.skip("past predictions are for classification")
+    criterion = of_mode(mode)
+    criterion(*masked(1))
+    criterion.train(training)
+    before = criterion.state_dict()
+    logits = torch.zeros(0, CLASSES, *rest, requires_grad=True)
+    loss = criterion(logits, torch.zeros(0, *rest, dtype=torch.long), torch.zeros(0, dtype=torch.long))
+    assert loss.isnan()
+    loss.backward()
+    after = criterion.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items() if name != "step")
+
+
+@pytest.mark.parametrize("mode", ["class_mean", "uniform", "none"])
+def test_an_empty_batch_of_soft_targets_is_nan_as_in_cross_entropy(mode: Any) -> None:
+    assert of_mode(mode, alpha=0.3)(torch.zeros(0, CLASSES), torch.zeros(0, CLASSES)).isnan()

@@ -179,10 +179,9 @@ def test_soft_targets_and_segmentation_have_no_past() -> None:
 
 @pytest.mark.parametrize(("mode", "num_samples"), [("past", None), ("class_mean", 10), ("none", 10)])
 def test_the_number_of_samples_belongs_to_this_mode_alone(mode: Any, num_samples: int | None) -> None:
-    message = "num_samples must be given for smoothing='past' and only then"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="num_samples must be given for mode='past' and only then"):
         DynamicLabelSmoothing(mode, num_samples=num_samples)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="num_samples must be given for smoothing='past' and only then"):
         sfr.SFRConfig(smoothing=mode, num_samples=num_samples)
 
 
@@ -236,3 +235,33 @@ def test_table_takes_two_bytes_for_a_class_of_a_sample() -> None:
     past = PastPredictions(num_samples=1000)
     past.remember(torch.tensor([3]), torch.full((1, 10), 0.1))
     assert past.table.nbytes == 2 * 1000 * 10
+
+
+def test_of_a_sample_that_is_twice_in_a_batch_the_last_prediction_is_remembered() -> None:
+    torch.manual_seed(0)
+    numbers = [3, 1, 3, 3, 0, 1, 2, 3] * 200
+    logits = torch.randn(len(numbers), CLASSES)
+    criterion = build(alpha=0.5)
+    criterion(logits, torch.zeros(len(numbers), dtype=torch.long), torch.tensor(numbers))
+    for number in set(numbers):
+        last = max(row for row, other in enumerate(numbers) if other == number)
+        assert torch.equal(criterion.past.table[number], logits[last].softmax(dim=0).half())
+
+
+def of_one_rank_with_the_same_samples(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store, patience = f"file://{folder}/store", timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
+    past = PastPredictions(SAMPLES)
+    said = torch.eye(CLASSES)[[rank, 2 + rank]]
+    past.remember(torch.tensor([7, 7 + rank]), said)
+    torch.save(past.table, f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_of_a_sample_that_two_ranks_have_the_prediction_of_the_last_rank_is_remembered(tmp_path: Path) -> None:
+    function = of_one_rank_with_the_same_samples
+    torch.multiprocessing.start_processes(function, (str(tmp_path),), nprocs=2, start_method="fork")
+    tables = [torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2)]
+    assert torch.equal(tables[0], tables[1])
+    assert tables[0][[7, 8]].argmax(dim=1).tolist() == [1, 3]
