@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sfr.compiling import eager
@@ -16,7 +19,7 @@ from sfr.discovery import assumed_view
 from sfr.labels import DynamicLabelSmoothing, checked_target, cross_entropy
 from sfr.losses import emd_l2, relative_distance
 from sfr.nodes import Grid, View, as_map, common_grids, match_channels, spatial_shape, to_nodes
-from sfr.outputs import the_logits
+from sfr.outputs import part_with_graph, the_logits
 from sfr.stages import resolve_pairs
 from sfr.state import TensorState
 from sfr.wrapper import SFRWrapper
@@ -28,6 +31,25 @@ CHECK_EVERY = 100
 LARGE_SHARE, LARGE_STEPS = 1 / 3, 50
 # Less than this share of the largest label term so far is never too much: the labels are fitted.
 SMALL_SHARE = 0.1
+
+INDEX_BY_NAME = (
+    "criterion(output, target) takes no third argument by position; numbers of samples are passed by name: "
+    "criterion(output, target, index=index)"
+)
+# What the arguments of nn.CrossEntropyLoss are called here.
+INSTEAD = {
+    "label_smoothing": "label smoothing of 0.1 is SFRWrapper(model, smoothing='uniform', alpha=0.1)",
+    "reduction": "the loss is the mean over the batch: multiply it by len(target) for the sum",
+    "size_average": "the loss is the mean over the batch: multiply it by len(target) for the sum",
+    "reduce": "the loss is the mean over the batch: multiply it by len(target) for the sum",
+}
+CLASS_WEIGHTS = "class weights are those of a loss of your own: label_loss=nn.CrossEntropyLoss(weight=...)"
+JOINED = (
+    "with model.join(), a rank that has run out of batches takes no part in what the criterion exchanges between the "
+    "ranks (label statistics, past predictions, grouping='svd'), and the others would wait for it or fail. Give all "
+    "ranks the same number of batches (DistributedSampler, Accelerate's loaders), or set smoothing='uniform' or 'none' "
+    "where the model is wrapped"
+)
 
 
 @dataclass(frozen=True)
@@ -100,13 +122,16 @@ class SFRLoss(TensorState):
 
     Args:
         model: the :class:`sfr.SFRWrapper`, also inside DDP or ``torch.compile``.
-        label_loss: called with the logits and the target as they are, and to return a 0-d tensor; a module's state is
-            part of the criterion's. None means :class:`sfr.DynamicLabelSmoothing`.
+        label_loss: called with the output of the model and the target as they are, and to return a 0-d tensor. The
+            output is the logits only if the model returns them: of a Hugging Face model it is its ``ModelOutput``, as
+            in ``lambda output, target: F.cross_entropy(output.logits, target)``. A module's state is part of the
+            criterion's. None means :class:`sfr.DynamicLabelSmoothing`.
         num_classes: number of classes, >= 1; None takes the width of the model's last layer. It has an effect where
             ``state_dict()`` is asked for before the first batch, as by ``torch.distributed.checkpoint``.
 
     Raises:
-        TypeError: if `model` holds no :class:`sfr.SFRWrapper`, or `label_loss` cannot be called.
+        TypeError: if `model` holds no :class:`sfr.SFRWrapper`, `label_loss` cannot be called, or for an argument of
+            ``nn.CrossEntropyLoss``, saying what takes its place.
 
     Example:
         >>> model = SFRWrapper(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 10, 3, 2), nn.AdaptiveAvgPool2d(1),
@@ -125,12 +150,18 @@ class SFRLoss(TensorState):
     def __init__(
         self,
         model: nn.Module,
-        label_loss: Callable[[Tensor, Any], Tensor] | None = None,
+        label_loss: Callable[[Any, Any], Tensor] | None = None,
         num_classes: int | None = None,
+        **others: NoReturn,
     ) -> None:
         super().__init__()
+        if others:
+            raise TypeError(_what_to_use_instead(others))
+        if isinstance(label_loss, type):
+            name = label_loss.__name__
+            raise TypeError(f"label_loss must be an instance; got the class {name}: pass label_loss={name}(...)")
         if label_loss is not None and not callable(label_loss):
-            raise TypeError(f"label_loss must be a function of logits and target, or None; got {label_loss!r}")
+            raise TypeError(f"label_loss must be a function of output and target, or None; got {label_loss!r}")
         # Past nn.Module's own __setattr__: the criterion does not own the model's parameters.
         object.__setattr__(self, "_model", _wrapper_in(model))
         config = self._model.sfr_config
@@ -150,7 +181,7 @@ class SFRLoss(TensorState):
             self.labels.expect_classes(_width_of(self._model))
         self.label_loss = label_loss
         self.step = 0
-        self.last: LossParts | None = None
+        self._last: LossParts | None = None
         self._views: dict[str, View] = {}
         self._nonfinite = None
         self._large_since: int | None = None
@@ -162,6 +193,21 @@ class SFRLoss(TensorState):
         """The wrapped model whose features the criterion uses."""
         return self._model
 
+    @property
+    def last(self) -> LossParts:
+        """The parts of the last training loss.
+
+        Raises:
+            RuntimeError: before the first one.
+        """
+        if self._last is None:
+            raise RuntimeError("criterion.last is the parts of the last training loss, and there was none yet")
+        return self._last
+
+    @last.setter
+    def last(self, parts: LossParts) -> None:
+        self._last = parts
+
     def current_weight(self) -> float:
         """Return λ of the step under way or, between steps, of the last one."""
         return self.config.weight_at(self.step)
@@ -169,44 +215,51 @@ class SFRLoss(TensorState):
     @eager
     def forward(
         self,
-        output: Tensor | Mapping[str, Any],
-        target: Any,
+        output: Any = None,
+        target: Any = None,
+        *misplaced: NoReturn,
         num_items_in_batch: Tensor | int | None = None,
-        *,
         index: Tensor | None = None,
+        input: Any = None,
     ) -> Tensor:
         """Return the loss of one batch as a 0-d tensor.
 
         Args:
             output: output of the wrapped model for this batch: logits of shape (B, K), or (B, K, ...) with one
-                prediction at each position (any tensor, if there is a `label_loss`), or a mapping that holds them as
-                "logits" or "out" (Hugging Face's ``ModelOutput``, torchvision's segmentation models).
+                prediction at each position, or a mapping that holds them as "logits" or "out" (Hugging Face's
+                ``ModelOutput``, torchvision's segmentation models); whatever the `label_loss` takes, if there is one.
             target: class indices, shape (B,) or (B, ...), or soft targets of the shape of the logits; or whatever the
                 `label_loss` takes.
             num_items_in_batch: labels in all the batches that one optimizer step accumulates; the loss is then this
                 batch's share of their mean. Hugging Face's ``Trainer(compute_loss_func=criterion)`` passes it.
             index: numbers of the samples in the training set, shape (B,), for ``smoothing="past"``; else of no effect.
                 ``StackDataset(dataset, range(len(dataset)))`` of ``torch.utils.data`` gives each sample with its own.
+            input: another name of `output`, that of ``nn.CrossEntropyLoss``.
 
         Raises:
-            RuntimeError: if the features recorded are not those of the forward that gave the logits.
+            RuntimeError: if the features recorded are not those of the forward that gave the logits, or inside
+                ``model.join()`` of DDP, if there is something to exchange between the ranks.
             TypeError, ValueError: for an output or target of the wrong kind, shape or range.
         """
-        logits = the_logits(output)
-        loss = self._loss(logits, target, index)
+        if misplaced:
+            raise TypeError(INDEX_BY_NAME)
+        loss = self._loss(input if output is None else output, target, index)
         if num_items_in_batch is None:
             return loss
         # The Trainer counts the labels that are not -100, whatever is ignored here: only so the shares sum to one.
         return loss * ((target != IGNORE_INDEX).sum() / num_items_in_batch)
 
-    def _loss(self, logits: Tensor, target: Any, index: Tensor | None) -> Tensor:
+    def _loss(self, output: Any, target: Any, index: Tensor | None) -> Tensor:
         if not self.training or not torch.is_grad_enabled() or self._model.disabled:
-            return self._plain(logits, target)
+            return self._plain(output, target)
+        if self._model._joining and self._exchanges():
+            raise RuntimeError(JOINED)
+        logits = the_logits(output) if self.label_loss is None else part_with_graph(output)
         features = self._model.take_features(logits)
-        label = self.labels(logits, target, index) if self.label_loss is None else self._plain(logits, target)
+        label = self.labels(logits, target, index) if self.label_loss is None else self._plain(output, target)
         self.step += 1
         weight = self.current_weight()
-        if weight == 0:
+        if weight == 0 or not logits.numel():  # an empty batch has no features to match
             self.last = LossParts(label.detach(), torch.zeros_like(label.detach()), weight)
             return label
         pairs, distances = self._feature_terms(features)
@@ -222,12 +275,18 @@ class SFRLoss(TensorState):
         self._warn_of_a_large_share(self.last)
         return label + weight * feature
 
-    def _plain(self, logits: Tensor, target: Any) -> Tensor:
+    def _exchanges(self) -> bool:
+        """Whether a training step exchanges something between the ranks."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return False
+        return self.config.grouping == "svd" or (self.label_loss is None and self.labels.exchanges)
+
+    def _plain(self, output: Any, target: Any) -> Tensor:
         """Return the loss without the method: cross-entropy, or what was given for it."""
         if self.label_loss is None:
-            ignore_index = self.config.ignore_index
+            logits, ignore_index = the_logits(output), self.config.ignore_index
             return cross_entropy(logits, checked_target(logits, target, ignore_index), ignore_index)
-        loss = self.label_loss(logits, target)
+        loss = self.label_loss(output, target)
         if not isinstance(loss, Tensor) or loss.ndim:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"label_loss must return a 0-d tensor; got {got}")
@@ -361,7 +420,7 @@ class SFRLoss(TensorState):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"last": None, "_nonfinite": None}
+        return self.__dict__ | {"_last": None, "_nonfinite": None}
 
 
 def _wrapper_in(model: object) -> SFRWrapper:
@@ -380,3 +439,20 @@ def _width_of(model: nn.Module) -> int | None:
     if not layers:
         return None
     return getattr(layers[-1], "out_features", getattr(layers[-1], "out_channels", None))
+
+
+def _what_to_use_instead(arguments: Mapping[str, Any]) -> str:
+    """Return what to write for arguments that SFRLoss does not take: of nn.CrossEntropyLoss, or misspelled."""
+    name, value = next(iter(arguments.items()))
+    settings = [field.name for field in fields(SFRConfig)]
+    if name == "weight" and isinstance(value, Tensor):
+        hint = CLASS_WEIGHTS
+    elif name in INSTEAD:
+        hint = INSTEAD[name]
+    elif name in settings:
+        hint = f"set it where the model is wrapped: SFRWrapper(model, {name}={value!r})"
+    else:
+        own = [*inspect.signature(SFRLoss.__init__).parameters][1:-1]
+        near = difflib.get_close_matches(name, [*own, *settings], n=3)
+        hint = f"near names: {', '.join(near)}" if near else f"it takes {', '.join(own)}"
+    return f"SFRLoss takes no argument {name!r}; {hint}"

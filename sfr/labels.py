@@ -220,6 +220,12 @@ class DynamicLabelSmoothing(TensorState):
         """Return the alpha of the next training step."""
         return self.alpha + (self.alpha_end - self.alpha) * min(1.0, self.step / self.alpha_steps)
 
+    @property
+    def exchanges(self) -> bool:
+        """Whether a training step exchanges something with the other ranks, if there are any."""
+        moved = self.mode == "past" or (self.mode == "class_mean" and not self.alpha == self.alpha_end == 0)
+        return self.sync and moved
+
     def forward(self, logits: Tensor, target: Tensor, index: Tensor | None = None) -> Tensor:
         """Return the loss of one batch as a 0-d tensor.
 

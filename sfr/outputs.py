@@ -58,6 +58,21 @@ def the_logits(output: Any) -> Tensor:
     return logits
 
 
+def part_with_graph(output: Any) -> Tensor:
+    """Return the logits in a model's output or, if they have no autograd graph, the first tensor that has one.
+
+    Raises:
+        TypeError: if the output holds no floating-point tensor.
+    """
+    found = logits_in(output)
+    if found is None:
+        raise TypeError(
+            f"output must hold a floating-point tensor that the model computed; got {type(output).__name__}"
+        )
+    leaves = [leaf for leaf in tree_leaves(_parts(output)) if isinstance(leaf, Tensor)]
+    return next((leaf for leaf in (found, *leaves) if leaf.grad_fn is not None), found)
+
+
 def features_in(output: Any) -> list[Tensor]:
     """Return the floating-point tensors in a stage's output; the first is its feature."""
     return [part for part in _parts(output) if _is_floating(part)]

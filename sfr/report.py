@@ -148,7 +148,7 @@ def report(model: SFRWrapper, example_input: Any, repeats: int = 5) -> Report:
     solver: str = criterion.config.solver
     if solver == "auto":
         solver = f"auto ({default_solver(logits.device)} on {logits.device.type})"
-    loss = replace(criterion.last, weight=criterion.config.largest_weight) if has_classes and criterion.last else None
+    loss = replace(criterion.last, weight=criterion.config.largest_weight) if has_classes else None
     return Report(stages, pairs, loss, solver, costs["plain"], costs["sfr"])
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sfr.compiling import eager
 from sfr.config import SFRConfig
@@ -68,6 +69,7 @@ class SFRWrapper(nn.Module):
     _stage_names: tuple[str, ...] | None
     _views: dict[str, View] | None
     _disabled: bool
+    _joining: bool
     # Tells Hugging Face's Trainer that the forward takes no arguments but the model's: the loss is not computed there.
     accepts_loss_kwargs = False
 
@@ -100,6 +102,7 @@ class SFRWrapper(nn.Module):
         self._stage_names = None
         self._views = None
         self._disabled = False
+        self._joining = False
         if self._config.stages is not None:
             self._tap(find_stages(model, self._config.stages))
         if example_input is not None:
@@ -126,6 +129,9 @@ class SFRWrapper(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; in a training forward with gradient, record the outputs of its stages."""
+        if not torch.compiler.is_compiling():
+            # Of DDP inside model.join(), which the criterion cannot see by itself.
+            self._joining = _is_joining()
         if self._disabled or not self._model.training or not torch.is_grad_enabled():
             self._recorder.abort()
             return self._model(*args, **kwargs)
@@ -273,3 +279,9 @@ def split_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]
     if isinstance(example_input, Mapping):
         return (), dict(example_input)
     return (tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)), {}
+
+
+def _is_joining() -> bool:
+    """Whether the code runs in the forward of a DDP model inside its ``join()``."""
+    active = DistributedDataParallel._active_ddp_module
+    return active is not None and active._join_config.enable

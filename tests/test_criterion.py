@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+import transformers
 from torch import nn
 from torchvision.transforms import v2
 
@@ -118,7 +119,8 @@ def test_the_weight_warms_up_linearly(build, batch):
 
 def test_the_parts_of_the_last_loss_add_up_and_hold_no_graph(build, batch):
     model, criterion = build(weight=0.2)
-    assert criterion.last is None
+    with pytest.raises(RuntimeError, match="there was none yet"):
+        _ = criterion.last
     loss = criterion(model(batch[0]), batch[1])
     parts = criterion.last.as_dict()
     assert parts["label"] + parts["weight"] * parts["feature"] == pytest.approx(loss.item(), rel=1e-6)
@@ -253,7 +255,7 @@ def test_a_loss_of_ones_own_that_is_no_number_is_an_error(build, batch, several_
 
 
 def test_a_loss_of_ones_own_that_is_no_function_is_an_error(build):
-    with pytest.raises(TypeError, match="label_loss must be a function of logits and target, or None; got 'bce'"):
+    with pytest.raises(TypeError, match="label_loss must be a function of output and target, or None; got 'bce'"):
         sfr.SFRLoss(build()[0], label_loss="bce")
 
 
@@ -496,3 +498,113 @@ def test_share_of_an_accumulated_batch_is_by_its_labels(segmentation_batch, trai
     whole = criterion(model(images), labels)
     share = criterion(model(images), labels, num_items_in_batch=4 * labelled)
     torch.testing.assert_close(share, whole / 4)
+
+
+# The interface of nn.CrossEntropyLoss, and what a first user tries.
+
+
+def test_the_names_of_cross_entropy_are_taken(build, batch):
+    model, criterion = build(smoothing="none")
+    expected = criterion(model(batch[0]), batch[1])
+    assert criterion(input=model(batch[0]), target=batch[1]) == expected
+    assert criterion.eval()(input=model(batch[0]), target=batch[1]) == F.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("arguments", [{}, {"target": torch.zeros(8, dtype=torch.long)}])
+def test_a_call_without_an_output_or_a_target_is_an_error(build, batch, arguments):
+    with pytest.raises(TypeError, match=r"output must be a tensor of logits.*got NoneType"):
+        build()[1](**arguments)
+    model, criterion = build()
+    with pytest.raises(TypeError, match="target must be a tensor; got NoneType"):
+        criterion(model(batch[0]))
+
+
+@pytest.mark.parametrize("smoothing", ["past", "class_mean"])
+def test_numbers_of_samples_by_position_are_an_error_that_says_how(build, batch, smoothing):
+    model, criterion = build(smoothing=smoothing, num_samples=8 if smoothing == "past" else None)
+    with pytest.raises(TypeError, match=r"criterion\(output, target, index=index\)"):
+        criterion(model(batch[0]), batch[1], torch.arange(8))
+    criterion(model(batch[0]), batch[1], index=torch.arange(8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weight": 0.1}, r"no argument 'weight'; set it where the model is wrapped: SFRWrapper\(model, weight=0.1\)"),
+        ({"weight": torch.ones(10)}, r"class weights.*label_loss=nn.CrossEntropyLoss\(weight=...\)"),
+        ({"ignore_index": 255}, r"SFRWrapper\(model, ignore_index=255\)"),
+        ({"label_smoothing": 0.1}, r"SFRWrapper\(model, smoothing='uniform', alpha=0.1\)"),
+        ({"reduction": "sum"}, r"mean over the batch: multiply it by len\(target\)"),
+        ({"pairs": "last"}, r"SFRWrapper\(model, pairs='last'\)"),
+        ({"label_los": None}, "no argument 'label_los'; near names: label_loss"),
+        ({"wieght": 0.1}, "near names: weight"),
+        ({"qqqq": 1}, "it takes model, label_loss, num_classes"),
+    ],
+)
+def test_an_argument_it_does_not_take_is_an_error_that_says_what_to_use(build, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        sfr.SFRLoss(build()[0], **arguments)
+
+
+def test_a_class_as_the_loss_of_ones_own_is_an_error_that_asks_for_an_instance(build):
+    with pytest.raises(
+        TypeError, match=r"instance; got the class CrossEntropyLoss: pass label_loss=CrossEntropyLoss\("
+    ):
+        sfr.SFRLoss(build()[0], label_loss=nn.CrossEntropyLoss)
+
+
+def test_a_loss_of_ones_own_gets_the_output_of_the_model(batch):
+    config = transformers.ResNetConfig(hidden_sizes=[8, 16], depths=[1, 1], embedding_size=8, num_labels=10)
+    model = sfr.SFRWrapper(transformers.ResNetForImageClassification(config), weight=0.5)
+    given = []
+    criterion = sfr.SFRLoss(model, label_loss=lambda output, target: given.append((output, target)) or output.loss)
+    output = model(pixel_values=batch[0], labels=batch[1])
+    loss = criterion(output, "whatever")
+    assert given == [(output, "whatever")]
+    torch.testing.assert_close(loss, output.loss + 0.5 * criterion.last.feature)
+    assert criterion.last.feature > 0
+    assert torch.equal(criterion.eval()(output, None), output.loss)
+
+
+def test_a_loss_of_ones_own_may_take_a_dict_of_losses(make_net, batch):
+    class Losses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = make_net()
+
+        def forward(self, x, y):
+            logits = self.net(x)
+            return {"count": torch.tensor(8.0), "class": F.cross_entropy(logits, y), "size": logits.square().mean()}
+
+    model = sfr.SFRWrapper(Losses(), stages=["net.1", "net.3", "net.5"], weight=1.0)
+    criterion = sfr.SFRLoss(model, label_loss=lambda losses, _: losses["class"] + losses["size"])
+    criterion(model(*batch), None).backward()
+    assert criterion.last.feature > 0
+    with pytest.raises(TypeError, match="output must hold a floating-point tensor that the model computed; got list"):
+        criterion([], None)
+
+
+def test_an_empty_batch_has_no_feature_term_and_the_loss_of_cross_entropy(build, batch):
+    for smoothing in ("class_mean", "uniform", "none", "past"):
+        model, criterion = build(smoothing=smoothing, num_samples=8 if smoothing == "past" else None, weight=1.0)
+        criterion(model(batch[0]), batch[1], index=torch.arange(8))
+        model.zero_grad()
+        empty = torch.zeros(0, dtype=torch.long)
+        loss = criterion(model(batch[0][:0]), empty, index=empty)
+        loss.backward()
+        assert loss.isnan()
+        assert criterion.last.feature == 0
+        assert all(parameter.grad.abs().sum() == 0 for parameter in model.parameters())
+        criterion(model(batch[0]), batch[1], index=torch.arange(8)).backward()
+        assert criterion.last.feature > 0
+
+
+@pytest.mark.parametrize("smoothing", ["class_mean", "uniform", "none", "past"])
+def test_masked_classes_train_with_finite_gradients(build, batch, smoothing):
+    model, criterion = build(smoothing=smoothing, num_samples=8 if smoothing == "past" else None)
+    for shift in range(3):
+        logits = model(batch[0])
+        masked = torch.zeros_like(logits, dtype=torch.bool).scatter(1, ((batch[1] + 1 + shift) % 10)[:, None], True)
+        criterion(logits.masked_fill(masked, -float("inf")), batch[1], index=torch.arange(8)).backward()
+        assert criterion.last.label.isfinite()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

@@ -200,7 +200,7 @@ def test_lightning_checkpoint_holds_the_model_once_and_the_criterion(lightning_r
     names, folder = lightning_run
     (file,) = (folder / "checkpoints").iterdir()
     state = torch.load(file, weights_only=False)["state_dict"]
-    of_the_criterion = {"criterion._extra_state", "criterion.labels._extra_state"}
+    of_the_criterion = {f"criterion.{name}" for name in names["classifier"].criterion.state_dict()}
     assert state.keys() == {f"model.{name}" for name in names["net"].state_dict()} | of_the_criterion
     assert state["criterion.labels._extra_state"]["distributions"].shape == (10, 10)
 
