@@ -36,7 +36,8 @@ class PooledFeatures(nn.Module):
         at: full name of a submodule whose output is to be taken instead, averaged over space or tokens.
 
     Raises:
-        ValueError: if the model has no submodule `at`; in the first forward, if there is no classifier.
+        ValueError: if the model has no submodule `at`; in the first forward, if there is no classifier, or no image
+            gives finite features.
 
     Reference:
         He et al., CVPR 2022, arXiv 2203.05180; their code takes both networks' features before the last ReLU.
@@ -97,6 +98,11 @@ class PooledFeatures(nn.Module):
                 f"{type(self.model).__name__} has no classifier, a linear layer on (B, D), before which its features "
                 "could be found. Name a submodule with at=..."
             )
+        if not watch.classifier_input.isfinite().all(dim=1).any():
+            raise ValueError(
+                f"the place of the features of {type(self.model).__name__} cannot be found from this batch: no image "
+                "has finite features before the classifier. Look at the images, or name a submodule with at=..."
+            )
         matches = [k for k, output in enumerate(watch.outputs) if _same(output, watch.classifier_input)]
         self._activation = matches[-1] if matches else None
         self._activations = watch.activations
@@ -153,5 +159,9 @@ def _pool(feature: Tensor) -> Tensor:
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
-    """Whether two features are equal but for the rounding of a half-precision pooling."""
-    return left.shape == right.shape and bool((left - right).norm() <= 0.01 * right.norm())
+    """Whether two features are equal but for the rounding of a half-precision pooling, in the images without NaN."""
+    if left.shape != right.shape:
+        return False
+    finite = right.isfinite().all(dim=1)
+    left, right = left[finite], right[finite]
+    return bool((left - right).norm() <= 0.01 * right.norm())

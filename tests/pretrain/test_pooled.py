@@ -198,3 +198,22 @@ class Changing(Functional):
 def test_forward_that_differs_between_modes_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"called 3 activations, and 2 in the first forward.*at="):
         PooledFeatures(Changing())(IMAGES)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_image_that_is_not_finite_changes_no_place(make_net: Any, value: float) -> None:
+    model = perturbed(make_net())
+    broken = IMAGES.clone()
+    broken[0, 0, 0, 0] = value
+    features = PooledFeatures(model)
+    assert not features(broken)[0].isfinite().all()
+    torch.testing.assert_close(features(IMAGES), PooledFeatures(model)(IMAGES))
+
+
+@pytest.mark.parametrize("images", [torch.full((2, 3, 32, 32), float("nan")), IMAGES[:0]], ids=["NaN", "empty"])
+def test_a_first_batch_that_shows_no_place_is_refused_and_the_next_looked_at(make_net: Any, images: Tensor) -> None:
+    model = make_net()
+    features = PooledFeatures(model)
+    with pytest.raises(ValueError, match=r"Sequential cannot be found from this batch: no image.*at=\.\.\."):
+        features(images)
+    torch.testing.assert_close(features(IMAGES), PooledFeatures(model)(IMAGES))
