@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias
@@ -34,14 +35,21 @@ def check_choice(argument: str, value: object, choices: Any) -> None:
 
 
 def check_number(argument: str, value: object, low: float, high: float = float("inf"), *, whole: bool = False) -> None:
-    """Raise unless `value` is a finite number (an integer if `whole`) in [`low`, `high`]."""
-    kinds = int if whole else (int, float)
-    if not isinstance(value, kinds) or isinstance(value, bool):
+    """Raise unless `value` is a finite number (an integer if `whole`), of Python's or NumPy's, in [`low`, `high`]."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
         kind = "an integer" if whole else "a number"
         raise TypeError(f"{argument} must be {kind}; got {type(value).__name__} {value!r}")
-    if not math.isfinite(value) or not low <= value <= high:
+    number: Any = value
+    if not math.isfinite(number) or not low <= number <= high:
         allowed = f"lie in [{low}, {high}]" if math.isfinite(high) else f"be finite and at least {low}"
         raise ValueError(f"{argument} must {allowed}; got {value!r}")
+
+
+def plain_number(value: Any) -> Any:
+    """Return a number of NumPy's as one of Python's, which JSON can hold; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def check_num_samples(argument: str, mode: Smoothing, value: int | None) -> None:
@@ -174,6 +182,8 @@ class SFRConfig:
     ignore_index: int = IGNORE_INDEX
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            self._freeze(field.name, plain_number(getattr(self, field.name)))
         check_choice("layout", self.layout, Layout)
         check_choice("grouping", self.grouping, Grouping)
         check_choice("cost", self.cost, Cost)
@@ -242,7 +252,7 @@ class SFRConfig:
                 "without effect, leave out: alpha_steps (of alpha_end, to which alpha moves in these steps)"
             )
 
-    def _freeze(self, name: str, value: tuple[Any, ...]) -> None:
+    def _freeze(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
@@ -273,6 +283,6 @@ def _pair(pair: object) -> tuple[int | str, int | str]:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise ValueError(f"pairs must be (shallow, deep) pairs of stage names or indices; got {pair!r}")
     for stage in pair:
-        if not isinstance(stage, (int, str)) or isinstance(stage, bool):
+        if not isinstance(stage, (numbers.Integral, str)) or isinstance(stage, bool):
             raise TypeError(f"pairs must name stages by name or index; got {stage!r}")
-    return pair[0], pair[1]
+    return plain_number(pair[0]), plain_number(pair[1])

@@ -19,6 +19,7 @@ from sfr.config import (
     check_num_samples,
     check_number,
     check_ramp,
+    plain_number,
 )
 from sfr.past import PastPredictions
 from sfr.state import TensorState
@@ -192,17 +193,17 @@ class DynamicLabelSmoothing(TensorState):
         check_ramp(alpha, alpha_end, alpha_steps)
         check_number("momentum", momentum, 1e-6, 1)
         check_number("ignore_index", ignore_index, -(2**63), 2**63 - 1, whole=True)
-        self.mode, self.update, self.ignore_index, self.sync = mode, update, ignore_index, sync
-        self.alpha, self.alpha_end, self.alpha_steps = alpha, alpha_end, alpha_steps
-        self.momentum = momentum
+        self.mode, self.update, self.ignore_index, self.sync = mode, update, plain_number(ignore_index), sync
+        self.alpha, self.alpha_end, self.alpha_steps = map(plain_number, (alpha, alpha_end, alpha_steps))
+        self.momentum = plain_number(momentum)
         self.step = 0
         self._looked = False
         self.past = PastPredictions(num_samples, sync) if num_samples is not None else None
         self._forget()
         if num_classes is not None:
             check_number("num_classes", num_classes, 1, whole=True)
-        self.num_classes = num_classes
-        self.expect_classes(num_classes)
+        self.num_classes = plain_number(num_classes)
+        self.expect_classes(self.num_classes)
 
     def _forget(self) -> None:
         """Start the statistics anew."""

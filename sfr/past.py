@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sfr.config import check_number
+from sfr.config import check_number, plain_number
 from sfr.state import TensorState
 
 
@@ -40,7 +40,7 @@ class PastPredictions(TensorState):
     def __init__(self, num_samples: int, sync: bool = True) -> None:
         super().__init__()
         check_number("num_samples", num_samples, 1, whole=True)
-        self.num_samples, self.sync = num_samples, sync
+        self.num_samples, self.sync = plain_number(num_samples), sync
         self._forget()
 
     def _forget(self) -> None:

@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import FrozenInstanceError, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sfr.config import SFRConfig
@@ -15,6 +17,7 @@ FULL: dict[str, Any] = {
     "prefix_tokens": 1,
     "weight": 0.7,
     "warmup": 100,
+    "max_share": 0.3,
     "pairs": ((0, 2), ("layer1", "layer2")),
     "detach_deep": False,
     "max_grid": 7,
@@ -234,3 +237,28 @@ def test_empty_pairs_are_refused() -> None:
 def test_stages_that_are_no_names_are_refused(stages: Any) -> None:
     with pytest.raises(TypeError, match=r"^stages must "):
         SFRConfig(stages=stages)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.25), np.float16(0.25), np.float64(0.25), Fraction(1, 4)])
+def test_numbers_of_numpy_become_those_of_python(number: Any) -> None:
+    config = SFRConfig(weight=number, alpha=number, momentum=number, max_grid=np.int64(3), warmup=np.uint8(2))  # type: ignore[arg-type]
+    assert config == SFRConfig(weight=0.25, alpha=0.25, momentum=0.25, max_grid=3, warmup=2)
+    assert {type(value) for value in config.to_dict().values()} <= {float, int, str, bool, type(None)}
+    assert SFRConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_stages_of_pairs_may_be_integers_of_numpy() -> None:
+    config = SFRConfig(pairs=[(np.int64(0), np.int32(1))])  # type: ignore[list-item]
+    assert json.dumps(config.to_dict()["pairs"]) == "[[0, 1]]"
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_grid", np.float32(4)), ("weight", np.bool_(True)), ("alpha", 1j)])
+def test_numbers_of_numpy_of_another_kind_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be"):
+        SFRConfig(**{name: value})
+
+
+@pytest.mark.parametrize("value", [np.float32("nan"), np.float64("inf"), np.float32(-1)])
+def test_numbers_of_numpy_out_of_range_are_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="weight must"):
+        SFRConfig(weight=value)

@@ -6,6 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -1029,3 +1030,16 @@ def test_an_empty_batch_is_nan_as_in_cross_entropy_and_moves_nothing(mode: Any, 
 @pytest.mark.parametrize("mode", ["class_mean", "uniform", "none"])
 def test_an_empty_batch_of_soft_targets_is_nan_as_in_cross_entropy(mode: Any) -> None:
     assert of_mode(mode, alpha=0.3)(torch.zeros(0, CLASSES), torch.zeros(0, CLASSES)).isnan()
+
+
+def test_numbers_of_numpy_are_taken() -> None:
+    options = {"alpha": np.float32(0.25), "alpha_end": np.float64(0.5), "alpha_steps": np.int64(4)}
+    ours = DynamicLabelSmoothing(**options, momentum=np.float16(0.5), ignore_index=np.int32(255))  # type: ignore[arg-type]
+    expected = DynamicLabelSmoothing(alpha=0.25, alpha_end=0.5, alpha_steps=4, momentum=0.5, ignore_index=255)
+    for step in range(3):
+        assert torch.equal(ours(*batch(6, step)), expected(*batch(6, step)))
+    assert type(ours.current_alpha()) is float
+    torch.testing.assert_close(
+        smooth_labels(torch.tensor([0]), torch.eye(2), np.float32(0.5)),  # type: ignore[arg-type]
+        torch.tensor([[1.0, 0.0]]),
+    )
