@@ -10,12 +10,18 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import KwargsHandler
 from cifar_data import Splits
-from run_folder import Record, RunFolder
+from run_folder import Record, RunFolder, claimed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 SHOW_LOSS_EVERY = 10  # steps, because reading a loss makes the device wait
-ELSEWHERE = ("data_dir", "output_dir", "resume", "tracker")  # what may differ between the parts of a resumed run
+ELSEWHERE = (
+    "data_dir",
+    "output_dir",
+    "default_output_dir",
+    "resume",
+    "tracker",
+)  # what may differ between the parts of a resumed run
 
 
 class EpochTrainer(ABC):
@@ -23,6 +29,7 @@ class EpochTrainer(ABC):
 
     train_loader: Any
     networks: list[nn.Module]  # all that is trained
+    criterion: nn.Module
     last_epoch: int
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator, splits: Splits) -> None:
@@ -107,46 +114,54 @@ def run_epochs(
     Args:
         build: makes the trainer, once the data is there.
         load: loads the data, in one process of each machine first.
-        args: the command line.
+        args: the command line; its `output_dir` becomes the folder of the run.
         accelerator: see :func:`build_accelerator`.
         method: what decides the result besides the command line, and may not change when a run is resumed.
     """
     config = run_config(args, accelerator) | method
-    folder = RunFolder(args.output_dir)
-    epochs_done = folder.check(config, args.resume)
-    with accelerator.local_main_process_first():  # it downloads, the others read its cache
-        splits = load()
-    trainer = build(args, accelerator, splits)
-    if args.resume:
-        accelerator.load_state(str(folder.last_checkpoint()))
-        accelerator.print(f"resuming after epoch {epochs_done}")
+    with claimed(args.output_dir, args.default_output_dir, config, args.resume) as folder:
+        args.output_dir = folder.path
+        accelerator.project_configuration.logging_dir = str(folder.path)
+        with accelerator.local_main_process_first():  # it downloads, the others read its cache
+            splits = load()
+        trainer = build(args, accelerator, splits)
+        if args.resume:
+            accelerator.print(
+                f"resuming after epoch {folder.epochs_done}"
+                if folder.epochs_done
+                else f"{folder.path} holds no checkpoint yet: starting at epoch 1"
+            )
+        folder.restore(accelerator, trainer.criterion)
 
-    accelerator.wait_for_everyone()  # every process has checked the folder as it was
+        accelerator.init_trackers("sfr", {name: str(value) for name, value in config.items()})
+        accelerator.print(
+            f"processes {config['processes']}, device {config['device']}, precision {config['precision']}\n"
+            f"{config['dataset']}: {len(splits.train)} training images, "
+            f"{len(splits.validation or ())} held out, {len(splits.test)} test images\n"
+            f"{trainer.description()}\n"
+            f"method {config['method']}, {trainer.last_epoch} epochs, into {folder.path}"
+        )
+        train_and_finish(trainer, folder, accelerator)
+    return trainer
+
+
+def train_and_finish(trainer: EpochTrainer, folder: RunFolder, accelerator: Accelerator) -> None:
+    """Train from the epoch after the folder's checkpoint to the last one; write what the run has brought."""
     if accelerator.is_main_process:
-        folder.start(config, epochs_done)
-    accelerator.init_trackers("sfr", {name: str(value) for name, value in config.items()})
-    accelerator.print(
-        f"processes {config['processes']}, device {config['device']}, precision {config['precision']}\n"
-        f"{config['dataset']}: {len(splits.train)} training images, "
-        f"{len(splits.validation or ())} held out, {len(splits.test)} test images\n"
-        f"{trainer.description()}\n"
-        f"method {config['method']}, {trainer.last_epoch} epochs, into {folder.path}"
-    )
-
-    for epoch in range(epochs_done + 1, trainer.last_epoch + 1):
+        folder.start()
+    for epoch in range(folder.epochs_done + 1, trainer.last_epoch + 1):
         record = {"epoch": epoch, **trainer.train_epoch(epoch), **trainer.evaluate_curve()}
         accelerator.print(describe(record))
         accelerator.log(record, step=epoch)
         if accelerator.is_main_process:
             folder.append(record)
-        folder.save_checkpoint(accelerator, epoch)
+        folder.save_checkpoint(accelerator, epoch, trainer.criterion)
 
     end = trainer.evaluate_end()
     weights = trainer.weights()
     if accelerator.is_main_process:
         folder.finish(weights, {**folder.history()[-1], **end})
     accelerator.print(f"after the last epoch: {describe(end)}\nwrote {folder.path}")
-    return trainer
 
 
 def build_accelerator(args: argparse.Namespace, *handlers: KwargsHandler) -> Accelerator:
@@ -154,7 +169,7 @@ def build_accelerator(args: argparse.Namespace, *handlers: KwargsHandler) -> Acc
         raise SystemExit(f"--tracker {args.tracker}: its package is not installed")
     return Accelerator(
         log_with=None if args.tracker == "none" else args.tracker,
-        project_dir=args.output_dir,
+        project_dir=args.output_dir or args.default_output_dir,  # of the tracker, until the run has its folder
         kwargs_handlers=list(handlers),
         dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=args.seed),
     )

@@ -1,15 +1,14 @@
 """Pre-train two networks side by side without labels: DoGo, or each on its own as the baseline.
 
-    accelerate launch examples/pretrain_dogo.py                                        # digits, a minute
-    accelerate launch examples/pretrain_dogo.py --method alone                         # the baseline
-    accelerate launch examples/pretrain_dogo.py --dataset cifar10 --data-dir DIR       # from local Parquet
+    python examples/pretrain_dogo.py                                        # digits, a minute
+    python examples/pretrain_dogo.py --method alone                         # the baseline
+    python examples/pretrain_dogo.py --dataset cifar10 --data-dir DIR       # from local Parquet
 
 Both networks of `--method alone` have the initial weights, images and views that they have with `--method dogo`; only
 the mutual term is missing. After each epoch the labels are used for a nearest-neighbour vote among some images, to
 draw a curve, and after the last epoch for a linear classifier on all features of the frozen encoders.
 
-Devices, processes and precision are those of `accelerate config` or `accelerate launch`. A run that was killed goes on
-with `--resume` and otherwise the same command line, on the CPU to the very weights of an undisturbed run.
+Several processes, GPUs, mixed precision and `--resume` are as in train_cifar.py.
 """
 
 import argparse
@@ -61,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> "PairTrainer":
 
 class PairTrainer(EpochTrainer):
     """Two networks, an optimizer and views for each, prepared for the devices of this run."""
+
+    criterion: DoGoLoss
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator, splits: Splits) -> None:
         super().__init__(args, accelerator, splits)
@@ -176,8 +177,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--lr", type=float, default=1e-3, help="of Adam; the authors' is 3e-4, over 1000 epochs")
     add("--seed", type=int, default=0)
     add("--limit", type=positive, metavar="N", help="first N training and test images only")
-    add("--output-dir", type=Path, help="default runs/dogo-DATASET-METHOD-seedSEED")
-    add("--resume", action="store_true", help="continue the run in --output-dir")
+    add("--output-dir", type=Path, help="default runs/dogo-DATASET-METHOD-seedSEED, if taken with -2, -3 ...")
+    add("--resume", action="store_true", help="continue the run in --output-dir, default the newest; or start one")
     add("--tracker", choices=["none", *LOGGER_TYPE_TO_CLASS], default="none")
     args = parser.parse_args(argv)
     if args.data_dir and args.dataset == "digits":
@@ -189,7 +190,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--smallest-crop must lie in (0, 1], got {args.smallest_crop}")
     if args.weight < 0:
         parser.error(f"--weight must be at least 0, got {args.weight}")
-    args.output_dir = args.output_dir or Path("runs", f"dogo-{args.dataset}-{args.method}-seed{args.seed}")
+    args.default_output_dir = Path("runs", f"dogo-{args.dataset}-{args.method}-seed{args.seed}")
     return args
 
 

@@ -1,13 +1,13 @@
 """Pre-train a student on unlabelled images from the features of a frozen teacher (KDEP), then fine-tune it.
 
-    accelerate launch examples/pretrain_kdep.py                        # digits, a minute, the teacher included
-    accelerate launch examples/pretrain_kdep.py --dataset cifar100 --target cifar10 --data-dir DIR
+    python examples/pretrain_kdep.py                        # digits, a minute, the teacher included
+    python examples/pretrain_kdep.py --dataset cifar100 --target cifar10 --data-dir DIR
 
 Three runs, each in its own folder of `--output-dir` and with its own curves: `teacher`, trained with labels by
 train_cifar.py unless `--teacher-weights` names a checkpoint or the library's own (`pretrained`); `pretrain`, where
 labels are not looked at; `finetune`, by train_cifar.py again, from the pre-trained weights. `pretrain` also holds the
-alignment (`alignment.pt`) and its plot. Devices, processes and `--resume` are as in train_cifar.py: a killed run goes
-on in the stage, and from the last whole epoch, where it was.
+alignment (`alignment.pt`) and its plot. Several processes, GPUs, mixed precision and `--resume` are as in
+train_cifar.py: a killed run continues in the stage where it was, after its last whole epoch.
 """
 
 import argparse
@@ -21,13 +21,14 @@ import torchvision
 from accelerate import DistributedDataParallelKwargs
 from cifar_data import IMAGE_SIZE, SOURCES
 from cifar_models import build_model, torchvision_names
-from epoch_run import build_accelerator
+from epoch_run import build_accelerator, run_config
 from matplotlib.figure import Figure
-from run_folder import Record
+from run_folder import Record, claimed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from train_cifar import Trainer, fraction, positive, train
+from train_cifar import Trainer, fraction, positive, read_weights, train
 from train_cifar import parse_arguments as parse_train_cifar
+from whole_file import replace_file
 
 from sfr.pretrain import Alignment, KDEPLoss, PooledFeatures, fit_alignment, power_temperature_scaling
 from sfr.pretrain.kdep import Aligner
@@ -38,7 +39,12 @@ PRETRAINED_SIZE = 224  # side of the images that the libraries' own weights were
 def main(argv: Sequence[str] | None = None) -> nn.Module:
     """Teacher, pre-training, fine-tuning; return the fine-tuned student."""
     args = parse_arguments(argv)
-    root: Path = args.output_dir
+    config = run_config(args, build_accelerator(args))
+    with claimed(args.output_dir, args.default_output_dir, config, args.resume) as root:
+        return go_through_stages(root.path, args)
+
+
+def go_through_stages(root: Path, args: argparse.Namespace) -> nn.Module:
     if args.teacher_weights is None:
         classify(root / "teacher", args, ["--dataset", args.dataset, "--model", args.teacher], args.teacher_epochs)
         args.teacher_weights = str(root / "teacher" / "model.pt")
@@ -53,7 +59,7 @@ def classify(folder: Path, args: argparse.Namespace, arguments: list[str], epoch
     for name in ("data_dir", "limit", "batch_size", "num_workers"):
         if getattr(args, name):
             common += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    if args.resume and (folder / "config.json").exists():
+    if args.resume:
         common.append("--resume")
     stage = parse_train_cifar([*common, *arguments])
     return train(stage, build_accelerator(stage), Trainer)
@@ -64,7 +70,6 @@ def pretrain(folder: Path, args: argparse.Namespace) -> nn.Module:
     others = ("target", "teacher_epochs", "finetune_epochs", "finetune_lr")
     stage = argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in others})
     stage.output_dir = folder
-    stage.resume = args.resume and (folder / "config.json").exists()
     unused_classifier = DistributedDataParallelKwargs(find_unused_parameters=True)
     return train(stage, build_accelerator(stage, unused_classifier), Pretrainer)
 
@@ -89,15 +94,12 @@ class Pretrainer(Trainer):
         self.teacher = PooledFeatures(load_teacher(args.teacher, args.teacher_weights, classes), args.teacher_at)
         self.teacher.requires_grad_(False).to(memory_format=torch.channels_last).to(device).eval()
         student = build_model(args.model, classes).to(memory_format=torch.channels_last).to(device)
-        file = args.output_dir / "alignment.pt"
-        if args.resume:
-            alignment = Alignment(**torch.load(file, weights_only=True))
-        else:
-            alignment = self._fit(width_of(student))
-            if self.accelerator.is_main_process:
-                torch.save(alignment.state_dict(), file)
-                projected = alignment(self._teacher_features(self.test_loader))
-                plot_alignment(alignment, projected, args, file.with_suffix(".png"))
+        alignment = self._fit(width_of(student))  # also on --resume, where the checkpoint then overwrites it
+        if self.accelerator.is_main_process:
+            file = args.output_dir / "alignment.pt"
+            replace_file(file, lambda partial: torch.save(alignment.state_dict(), partial))
+            projected = alignment(self._teacher_features(self.test_loader))
+            plot_alignment(alignment, projected, args, file.with_suffix(".png"))
         loss = KDEPLoss(
             alignment, args.aligner, temperature=args.temperature, power=args.power, weight=args.weight, seed=args.seed
         )
@@ -154,8 +156,8 @@ def load_teacher(name: str, weights: str, classes: int) -> nn.Module:
         return nn.Sequential(nn.Upsample(PRETRAINED_SIZE, mode="bilinear"), build(name, **options))
     teacher = build_model(name, classes)
     try:
-        teacher.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    except (OSError, RuntimeError) as error:
+        teacher.load_state_dict(read_weights(weights, "--teacher-weights"))
+    except RuntimeError as error:
         raise SystemExit(f"--teacher-weights: {weights} does not fit {name} with {classes} classes: {error}") from error
     return teacher
 
@@ -215,7 +217,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--limit", type=positive, metavar="N", help="first N training and test images only")
     add("--num-workers", type=int, default=0, help="loading processes per training process")
     add("--output-dir", type=Path, help="default runs/kdep-DATASET-TEACHER-STUDENT-ALIGNER-seedSEED")
-    add("--resume", action="store_true", help="continue the runs in --output-dir")
+    add("--resume", action="store_true", help="continue the run in --output-dir, default the newest; or start one")
     args = parser.parse_args(argv)
     args.target = args.target or args.dataset
     if args.data_dir and "digits" in (args.dataset, args.target):
@@ -226,7 +228,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.epochs = args.epochs or (6 if digits else 90)
     args.finetune_epochs = args.finetune_epochs or (4 if digits else 150)
     name = f"kdep-{args.dataset}-{args.teacher}-{args.model}-{args.aligner}-seed{args.seed}"
-    args.output_dir = args.output_dir or Path("runs", name)
+    args.default_output_dir = Path("runs", name)
     args.method, args.tracker = "kdep", "none"
     return args
 

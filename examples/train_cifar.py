@@ -1,22 +1,27 @@
 """Train an image classifier with self-feature regularization, with label smoothing or with neither.
 
-    accelerate launch examples/train_cifar.py                                       # digits, a minute
-    accelerate launch examples/train_cifar.py --dataset cifar100 --model resnet18   # from the Hub
+    python examples/train_cifar.py                                       # digits, a minute
+    python examples/train_cifar.py --dataset cifar100 --model resnet18   # from the Hub
 
-Devices, processes and precision are those of `accelerate config` or of the flags of `accelerate
-launch`. Two processes on the CPU (`--cpu --num_processes 2` would start only one):
+Several processes, GPUs and mixed precision come with `accelerate launch examples/train_cifar.py`,
+by `accelerate config` or its flags. Two processes on the CPU (`--cpu --num_processes 2` would start
+only one):
 
     ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 examples/train_cifar.py
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/train_cifar.py
 
-A run that was killed goes on with `--resume` and otherwise the same command line, from the end of
-its last whole epoch; on the CPU it ends with the very weights of an undisturbed run. The result of
-a run is that of its last epoch, never of its best.
+A run that was killed continues with `--resume` and otherwise the same command line, after its last
+whole epoch; on the CPU it ends with the same weights as an undisturbed run. If it was killed within
+its first epoch, `--resume` starts it again, so a job that is queued again can always pass it. The
+run keeps its two newest checkpoints with checksums of all files: a damaged one is named and skipped.
+Resume only your own checkpoints: Accelerate reads parts of them with pickle, and a checkpoint
+from somebody else can execute code. The result of a run is that of its last epoch, never of its best.
 """
 
 import argparse
 import ast
 import math
+import pickle
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,7 +90,6 @@ class Trainer(EpochTrainer):
             model, optimizer, warmup_then_cosine(optimizer, whole_run)
         )
         self.networks = [self.model]
-        accelerator.register_for_checkpointing(self.criterion)
 
     def _build(self, args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
         return build_model_and_criterion(args, self.accelerator.device)
@@ -192,7 +196,7 @@ def build_model_and_criterion(args: argparse.Namespace, device: torch.device) ->
 
 def load_backbone(model: nn.Module, file: str) -> None:
     """Load the weights in `file`, without those of a classifier that has another number of classes."""
-    weights, own = torch.load(file, map_location="cpu", weights_only=True), model.state_dict()
+    weights, own = read_weights(file, "--init"), model.state_dict()
     if weights.keys() != own.keys():
         strange = sorted(weights.keys() ^ own.keys())
         raise SystemExit(
@@ -201,6 +205,18 @@ def load_backbone(model: nn.Module, file: str) -> None:
     model.load_state_dict(
         {name: own[name] if value.shape != own[name].shape else value for name, value in weights.items()}
     )
+
+
+def read_weights(file: str, option: str) -> dict[str, Tensor]:
+    """Return the state dict in `file`; nothing but tensors is read."""
+    try:
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "it is empty"
+        raise SystemExit(f"{option}: {file} is not a readable file of weights: {reason}") from error
+    if not isinstance(weights, dict):
+        raise SystemExit(f"{option}: {file} holds no weights, but a {type(weights).__name__}")
+    return weights
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -221,8 +237,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-steps", type=positive, help="stop after so many optimizer steps")
     add("--limit", type=positive, metavar="N", help="first N training and test images only")
     add("--num-workers", type=int, default=0, help="loading processes per training process")
-    add("--output-dir", type=Path, help="default runs/DATASET-MODEL-METHOD-seedSEED")
-    add("--resume", action="store_true", help="continue the run in --output-dir")
+    add("--output-dir", type=Path, help="default runs/DATASET-MODEL-METHOD-seedSEED, if taken with -2, -3 ...")
+    add("--resume", action="store_true", help="continue the run in --output-dir, default the newest; or start one")
     add("--tracker", choices=["none", *LOGGER_TYPE_TO_CLASS], default="none")
     args = parser.parse_args(argv)
     if args.sfr and args.method != "sfr":
@@ -230,8 +246,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.data_dir and args.dataset == "digits":
         parser.error("--data-dir is for CIFAR: the digits come with scikit-learn")
     args.epochs = args.epochs or SOURCES[args.dataset].epochs
-    name = f"{args.dataset}-{args.model}-{args.method}-seed{args.seed}"
-    args.output_dir = args.output_dir or Path("runs", name)
+    args.default_output_dir = Path("runs", f"{args.dataset}-{args.model}-{args.method}-seed{args.seed}")
     return args
 
 

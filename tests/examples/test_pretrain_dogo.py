@@ -6,9 +6,9 @@ import pretrain_dogo
 import pytest
 import torch
 import two_views
+from checkpoint_files import checkpoints
 from cifar_models import build_model
 from frozen_features import knn_accuracy, linear_accuracy
-from run_folder import RunFolder
 from sklearn.linear_model import LogisticRegression
 from torchvision.transforms.v2 import functional as transforms
 from written_runs import assert_same_weights, metrics, weights
@@ -55,20 +55,23 @@ class Killed(BaseException):
     """Ends a run in this process as a kill would: nothing in the run catches it."""
 
 
-def test_a_killed_run_resumes_to_the_weights_of_an_undisturbed_one(tmp_path, monkeypatch, undisturbed):
+@pytest.mark.parametrize(("fatal_step", "left"), [(1, []), (4, ["checkpoint-0001"])])
+def test_a_killed_run_resumes_to_the_weights_of_an_undisturbed_one(
+    tmp_path, monkeypatch, undisturbed, fatal_step, left
+):
     with monkeypatch.context() as patch:
         step, calls = pretrain_dogo.PairTrainer._step, []
 
         def fatal(self, *batch):
             calls.append(batch)
-            if len(calls) == 4:
+            if len(calls) == fatal_step:
                 raise Killed
             return step(self, *batch)
 
         patch.setattr(pretrain_dogo.PairTrainer, "_step", fatal)
         with pytest.raises(Killed):
             pretrain(tmp_path)
-    assert [path.name for path in RunFolder(tmp_path).checkpoints()] == ["checkpoint-0001"]
+    assert [path.name for path in checkpoints(tmp_path)] == left
     pretrain(tmp_path, "--resume")
     assert_same_weights(weights(tmp_path), weights(undisturbed))
     assert metrics(tmp_path) == metrics(undisturbed)

@@ -12,6 +12,8 @@ import torch
 import torchvision
 import train_cifar
 from cifar_models import build_model
+from folder_lock import FolderLock
+from run_folder import curves
 from torch import nn
 from written_runs import assert_same_weights, metrics, weights
 
@@ -69,7 +71,10 @@ def test_fine_tuning_starts_from_the_pretrained_student(finished, tmp_path):
     assert not any(torch.equal(student.state_dict()[name], pretrained[name]) for name in convolutions)
 
 
-def test_stage_that_was_interrupted_resumes_to_the_same_weights(finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("fatal_step", "epochs_done"), [(1, 0), (3, 1)])
+def test_stage_that_was_interrupted_resumes_to_the_same_weights(
+    finished, tmp_path, monkeypatch, fatal_step, epochs_done
+):
     folder, _ = finished
     given_teacher = ("--teacher-weights", str(folder / "teacher" / "model.pt"))
     steps = []
@@ -77,19 +82,44 @@ def test_stage_that_was_interrupted_resumes_to_the_same_weights(finished, tmp_pa
 
     def fatal(self, *batch):
         steps.append(batch)
-        if len(steps) == 3:
+        if len(steps) == fatal_step:
             raise KeyboardInterrupt
         return step(self, *batch)
 
     monkeypatch.setattr(pretrain_kdep.Pretrainer, "_step", fatal)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, *given_teacher)
-    assert len(metrics(tmp_path / "pretrain")) == 1
+    assert len(metrics(tmp_path / "pretrain")) == epochs_done
     assert not (tmp_path / "finetune").exists()
     monkeypatch.setattr(pretrain_kdep.Pretrainer, "_step", step)
     run(tmp_path, *given_teacher, "--resume")
     for stage in ("pretrain", "finetune"):
         assert_same_weights(weights(tmp_path / stage), weights(folder / stage))
+
+
+def test_a_run_killed_before_its_teacher_has_an_epoch_resumes_to_the_same_weights(finished, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train_cifar.Trainer, "_step", lambda *_: pytest.exit("killed"))
+        with pytest.raises(pytest.exit.Exception):
+            run(tmp_path)
+    monkeypatch.setattr(pretrain_kdep, "pretrain", lambda folder, args: pytest.skip("far enough"))
+    with pytest.raises(pytest.skip.Exception):
+        run(tmp_path, "--resume")
+    assert_same_weights(weights(tmp_path / "teacher"), weights(finished[0] / "teacher"))
+
+
+def test_a_second_run_refuses_whichever_stage_the_first_is_in(tmp_path):
+    lock = FolderLock(tmp_path)
+    assert lock.acquire()
+    for arguments in ([], ["--resume"], ["--teacher-weights", "some.pt"]):
+        with pytest.raises(SystemExit, match=f"{tmp_path} is in use by process"):
+            run(tmp_path, *arguments)
+    lock.release()
+
+
+def test_the_curves_of_pretraining_have_no_empty_panel(finished):
+    panels = curves(metrics(finished[0] / "pretrain")).axes
+    assert [len(axes.get_lines()) for axes in panels] == [2]
 
 
 def test_started_run_is_not_overwritten(finished):
@@ -126,7 +156,20 @@ def test_librarys_own_teacher_sees_images_of_its_size(monkeypatch):
 def test_weights_of_another_teacher_are_refused_with_the_file(tmp_path):
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "other.pt")
     with pytest.raises(SystemExit, match=r"--teacher-weights: .*other.pt does not fit resnet8 with 10 classes"):
-        run(tmp_path, "--teacher-weights", str(tmp_path / "other.pt"))
+        run(tmp_path / "run", "--teacher-weights", str(tmp_path / "other.pt"))
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04 cut short", None])
+def test_a_damaged_file_of_weights_is_one_line_that_leaves_the_folder_free(tmp_path, content):
+    file = tmp_path / "damaged.pt"
+    if content is not None:
+        file.write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(
+            SystemExit, match=r"--teacher-weights: .*damaged\.pt is not a readable file of weights"
+        ) as end:
+            run(tmp_path / "run", "--teacher-weights", str(file))
+        assert "\n" not in str(end.value)
 
 
 def test_student_wider_than_its_teacher_is_refused(finished, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import pkgutil
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 import train_cifar
+from checkpoint_files import checkpoints
 from cifar_data import load_splits
 from cifar_metrics import ClassificationMetric
 from cifar_models import build_model
-from run_folder import RunFolder
+from folder_lock import FolderLock
 from written_runs import assert_same_weights, metrics, weights
 
 
@@ -188,8 +190,9 @@ def kill_at_call(monkeypatch, owner, name, number):
     ("owner", "name", "number"),
     [
         ("accelerate.Accelerator", "save_state", 2),  # before the second checkpoint
-        ("pathlib.Path", "rename", 2),  # it is written, but has not its name yet
-        ("run_folder.shutil", "rmtree", 3),  # it has its name, the first is still there
+        ("run_folder", "seal", 2),  # it is written, but has no manifest yet
+        ("pathlib.Path", "rename", 2),  # it is complete, but has not its name yet
+        ("run_folder.shutil", "rmtree", 4),  # the third has its name, the first is still there
         ("run_folder.RunFolder", "finish", 1),  # trained, but nothing written
     ],
 )
@@ -201,7 +204,7 @@ def test_kill_around_a_checkpoint_leaves_a_usable_one(tmp_path, monkeypatch, und
     train(tmp_path / "killed", "--resume")
     assert_same_weights(weights(tmp_path / "killed"), weights(undisturbed))
     assert timeless(metrics(tmp_path / "killed")) == timeless(metrics(undisturbed))
-    assert [path.name for path in RunFolder(tmp_path / "killed").checkpoints()] == ["checkpoint-0003"]
+    assert checkpoints(tmp_path / "killed")[-1].name == "checkpoint-0003"
 
 
 def test_resume_is_exact_with_loading_processes(tmp_path, monkeypatch):
@@ -276,15 +279,64 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
     assert_same_weights(weights(tmp_path), before)
 
 
-def test_resume_without_a_run_or_a_checkpoint_is_an_error(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="holds no run"):
-        train(tmp_path, "--resume")
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        ("train_cifar", "load_splits"),  # while it loads its data
+        ("train_cifar.Trainer", "_step"),  # in its first epoch
+        ("accelerate.Accelerator", "save_state"),  # before its first checkpoint
+    ],
+)
+def test_resume_of_a_run_killed_within_its_first_epoch_starts_it_again(
+    tmp_path, monkeypatch, capsys, undisturbed, owner, name
+):
     with monkeypatch.context() as patch:
-        kill_at_call(patch, train_cifar.Trainer, "_step", 1)
+        kill_at_call(patch, pkgutil.resolve_name(owner), name, 1)
         with pytest.raises(Killed):
-            train(tmp_path)
-    with pytest.raises(SystemExit, match="holds no checkpoint"):
-        train(tmp_path, "--resume")
+            train(tmp_path / "killed")
+    train(tmp_path / "killed", "--resume")
+    assert "holds no checkpoint yet: starting at epoch 1" in capsys.readouterr().out
+    assert_same_weights(weights(tmp_path / "killed"), weights(undisturbed))
+    assert timeless(metrics(tmp_path / "killed")) == timeless(metrics(undisturbed))
+
+
+def test_resume_past_a_damaged_checkpoint_ends_with_the_weights_of_an_undisturbed_run(tmp_path, undisturbed, capsys):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    (tmp_path / "run/checkpoint-0003/random_states_0.pkl").unlink()
+    train(tmp_path / "run", "--resume")
+    printed = capsys.readouterr().out
+    assert "checkpoint-0003/random_states_0.pkl is missing" in printed
+    assert "resuming after epoch 2" in printed
+    assert_same_weights(weights(tmp_path / "run"), weights(undisturbed))
+    assert timeless(metrics(tmp_path / "run")) == timeless(metrics(undisturbed))
+
+
+def test_a_second_run_into_the_same_folder_refuses_before_it_loads_the_data(tmp_path, monkeypatch):
+    lock = FolderLock(tmp_path)
+    assert lock.acquire()
+    kill_at_call(monkeypatch, train_cifar, "load_splits", 1)
+    for arguments in ([], ["--resume"]):
+        with pytest.raises(SystemExit, match="is in use by process"):
+            train(tmp_path, *arguments)
+    lock.release()
+
+
+def test_the_same_command_again_by_plain_python_gets_a_folder_of_its_own(
+    tmp_path, monkeypatch, capfd, environment, examples
+):
+    monkeypatch.chdir(tmp_path)
+    name, arguments = "runs/digits-resnet8-sfr-seed0", ["--model", "resnet8", "--limit", "40", "--batch-size", "40"]
+    train_cifar.main([*arguments, "--max-steps", "1"])
+    command = [sys.executable, examples / "train_cifar.py", *arguments, "--max-steps", "1"]
+    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.startswith("processes 1, device cpu")  # no noise before it
+    assert again.stdout.splitlines()[-1] == f"wrote {name}-2"
+    assert not any(noise in again.stderr for noise in ("Traceback", "arning", "accelerate"))
+    assert_same_weights(weights(tmp_path / name), weights(tmp_path / f"{name}-2"))
+    capfd.readouterr()
+    train_cifar.main([*arguments, "--max-steps", "1", "--resume"])
+    assert capfd.readouterr().out.splitlines()[-1] == f"wrote {name}-2"
 
 
 def test_an_unwritable_output_directory_is_an_error_before_any_step(tmp_path, monkeypatch):
@@ -302,6 +354,7 @@ def test_an_unwritable_output_directory_is_an_error_before_any_step(tmp_path, mo
         (["--sfr", "wieght=1"], "--sfr: .*wieght"),
         (["--sfr", "weight=-1"], "--sfr: weight must be finite and at least 0"),
         (["--sfr", "stages='nowhere'"], "nowhere"),
+        (["--init", __file__], r"--init: .*test_train_cifar\.py is not a readable file of weights"),
         (["--tracker", "aim"], "--tracker aim: its package is not installed"),
     ],
 )
