@@ -1,21 +1,28 @@
 """Digits, CIFAR-10 and CIFAR-100 as uint8 tensors in memory, with per-sample augmentation."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
 from pyarrow import ArrowException
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import v2
 
 IMAGE_SIZE = 32
+IMAGE_COLUMN = "img"  # of the Hub's Parquet files
+LARGEST = 1024  # pixels a side; more is not decoded, lest a small file fill the memory
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # those whose readers start no program and open no other file
 
 
 @dataclass(frozen=True)
@@ -130,23 +137,26 @@ def digits_as_images(grey: np.ndarray, labels: np.ndarray) -> Labelled:
 
 
 def load_cifar(name: str, data_dir: Path | None, limit: int | None) -> tuple[Labelled, Labelled]:
-    parts = from_hub(name) if data_dir is None else from_parquet(name, data_dir)
+    tables = from_hub(name) if data_dir is None else from_parquet(name, data_dir)
     where = f"uoft-cs/{name}" if data_dir is None else str(data_dir)
-    return decode(parts["train"], name, limit, where), decode(parts["test"], name, limit, where)
+    train, test = (decode(tables[part].slice(0, limit), name, f"{where}, {part}") for part in ("train", "test"))
+    return train, test
 
 
-def from_hub(name: str) -> datasets.DatasetDict:
+def from_hub(name: str) -> dict[str, pa.Table]:
     try:
-        return datasets.load_dataset(f"uoft-cs/{name}")
+        parts = datasets.load_dataset(f"uoft-cs/{name}")
     except Exception as error:  # each layer below has its own type for "no network"
         raise SystemExit(
             f"--dataset {name}: cannot be read from the Hugging Face Hub ({error}). "
             f"Either connect to the network (and unset HF_HUB_OFFLINE) or pass --data-dir with "
             f"the folder that holds uoft-cs/{name}'s Parquet files."
         ) from error
+    return {part: data.with_format("arrow")[:] for part, data in parts.items()}
 
 
-def from_parquet(name: str, data_dir: Path) -> datasets.DatasetDict:
+def from_parquet(name: str, data_dir: Path) -> dict[str, pa.Table]:
+    """Read image and label column; nothing in the files is decoded or followed here."""
     folder = parquet_folder(name, data_dir)
     files = {part: sorted(folder.glob(f"{part}*.parquet")) for part in ("train", "test")}
     for part, paths in files.items():
@@ -154,13 +164,14 @@ def from_parquet(name: str, data_dir: Path) -> datasets.DatasetDict:
             raise SystemExit(f"--data-dir: {folder} holds no {part}*.parquet")
         for path in paths:
             check_columns(path, name)
+    columns = [IMAGE_COLUMN, SOURCES[name].label_column]
     try:
-        return datasets.load_dataset(
-            "parquet", data_files={part: [str(p) for p in paths] for part, paths in files.items()}
-        )
-    except (datasets.exceptions.DatasetGenerationError, ArrowException) as error:
-        reason = error.__cause__ or error
-        raise SystemExit(f"--data-dir: the Parquet files in {folder} are damaged: {reason}") from error
+        return {
+            part: pa.concat_tables([pq.ParquetFile(path).read(columns) for path in paths])
+            for part, paths in files.items()
+        }
+    except (ArrowException, OSError) as error:
+        raise SystemExit(f"--data-dir: the Parquet files in {folder} are damaged: {error}") from error
 
 
 def parquet_folder(name: str, data_dir: Path) -> Path:
@@ -187,21 +198,18 @@ def check_columns(path: Path, name: str) -> None:
         columns = pq.read_schema(path).names
     except (ArrowException, OSError) as error:
         raise SystemExit(f"--data-dir: {path} is not a readable Parquet file: {error}") from error
-    wanted = ["img", SOURCES[name].label_column]
+    wanted = [IMAGE_COLUMN, SOURCES[name].label_column]
     if not set(wanted) <= set(columns):
         raise SystemExit(f"--data-dir: {path} has columns {columns}; {name} needs {wanted}")
 
 
-def decode(part: datasets.Dataset, name: str, limit: int | None, where: str) -> Labelled:
-    if limit is not None:
-        part = part.select(range(min(limit, len(part))))
+def decode(table: pa.Table, name: str, where: str) -> Labelled:
     label_column, num_classes = SOURCES[name].label_column, SOURCES[name].num_classes
     try:
-        images = part.cast_column("img", datasets.Image())["img"]
-        pixels = stack_pixels(image.convert("RGB") for image in images)
-        labels = torch.tensor(part[label_column][:], dtype=torch.int64)
-    except Exception as error:  # Pillow, Arrow and torch each raise their own
-        raise SystemExit(f"{where}: columns img or {label_column} unreadable: {error}") from error
+        pixels = decode_images(table[IMAGE_COLUMN])
+        labels = torch.tensor(class_numbers(table[label_column]))
+    except ValueError as error:
+        raise SystemExit(f"{where}: columns {IMAGE_COLUMN} or {label_column} unreadable: {error}") from error
     if pixels.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
         size = "x".join(map(str, pixels.shape[2:]))
         raise SystemExit(f"{where}: {name}'s images are {IMAGE_SIZE}x{IMAGE_SIZE}, these are {size}")
@@ -210,5 +218,37 @@ def decode(part: datasets.Dataset, name: str, limit: int | None, where: str) -> 
     return Labelled(pixels, labels)
 
 
-def stack_pixels(images: Iterable[object]) -> Tensor:
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+def decode_images(column: pa.ChunkedArray) -> Tensor:
+    """Return pixels (N, 3, H, W) uint8. A path beside the bytes is never followed: the file may come from anybody."""
+    kind = column.type
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        column = pc.struct_field(column, "bytes")
+    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
+        raise ValueError(f"{IMAGE_COLUMN} holds {kind} where the images' own bytes have to be")
+    images = [decode_image(content.as_py(), row) for row, content in enumerate(column)]
+    if len({image.shape for image in images}) != 1:
+        raise ValueError(f"{IMAGE_COLUMN} holds no images" if not images else "the images differ in size")
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def decode_image(content: bytes | None, row: int) -> NDArray[np.uint8]:
+    """Return pixels (H, W, 3)."""
+    if content is None:
+        raise ValueError(
+            f"row {row} of {IMAGE_COLUMN} holds no image bytes; images are read from inside the file only, never from "
+            f"a path or an address"
+        )
+    try:
+        with Image.open(BytesIO(content), formats=FORMATS) as image:
+            if max(image.size) > LARGEST:
+                raise ValueError(f"{image.size[1]}x{image.size[0]} pixels")
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # Pillow's readers each raise their own
+        raise ValueError(f"row {row} of {IMAGE_COLUMN} is no readable image: {error}") from error
+
+
+def class_numbers(column: pa.ChunkedArray) -> list[int]:
+    if not pa.types.is_integer(column.type) or column.null_count:
+        missing = f" and {column.null_count} rows without" if column.null_count else ""
+        raise ValueError(f"the labels have to be integers; the column holds {column.type}{missing}")
+    return column.to_pylist()

@@ -1,9 +1,14 @@
 """Digits and local Parquet files become tensors; files that cannot are named in the error."""
 
+import io
+import json
+import socket
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from cifar_data import load_splits
@@ -150,6 +155,141 @@ def test_bytes_that_are_no_image_are_refused(tmp_path):
         datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "data" / f"{part}.parquet")
     with pytest.raises(SystemExit, match="columns img or label unreadable"):
         load_splits("cifar10", tmp_path / "data")
+
+
+def write_foreign(folder, column, labels=None, metadata=None):
+    """Parquet as anybody may write it: `column` holds the images, `metadata` is what `datasets` would believe."""
+    folder.mkdir(exist_ok=True)
+    table = pa.table({"img": column, "label": labels or list(range(len(column)))})
+    if metadata:
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": metadata}})})
+    for part in ("train", "test"):
+        pq.write_table(table, folder / f"{part}.parquet")
+
+
+def png(image):
+    buffer = io.BytesIO()
+    Pillow.fromarray(image).save(buffer, "png")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def _nothing_but_the_parquet_files_is_opened(monkeypatch):
+    """Names and addresses in the files lead to an error before anything is opened."""
+
+    def refused(*args, **kwargs):
+        raise AssertionError(f"opened {args}")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setattr(datasets.features.image, "xopen", refused)
+    opened = Pillow.open
+    monkeypatch.setattr(
+        Pillow, "open", lambda file, *a, **k: refused(file) if isinstance(file, str) else opened(file, *a, **k)
+    )
+
+
+STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+
+
+@pytest.mark.usefixtures("_nothing_but_the_parquet_files_is_opened")
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "http://127.0.0.1:9/image.png", "zip://a.png::http://127.0.0.1:9/b.zip", None]
+)
+def test_an_image_without_bytes_is_refused_by_row_and_its_path_never_followed(tmp_path, path):
+    good = {"bytes": png(pictures(1)[0]), "path": "/etc/passwd"}
+    write_foreign(tmp_path / "data", pa.array([good, {"bytes": None, "path": path}], STRUCT))
+    with pytest.raises(SystemExit, match=r"train.*row 1 of img holds no image bytes; .* never from a path"):
+        load_splits("cifar10", tmp_path / "data")
+    write_foreign(tmp_path / "data", pa.array([good, None], STRUCT))
+    with pytest.raises(SystemExit, match="row 1 of img holds no image bytes"):
+        load_splits("cifar10", tmp_path / "data")
+
+
+@pytest.mark.usefixtures("_nothing_but_the_parquet_files_is_opened")
+@pytest.mark.parametrize(
+    ("column", "held"),
+    [
+        (pa.array(["/etc/passwd"]), "string"),
+        (pa.array([{"path": "/etc/passwd"}]), "struct<path: string>"),
+        (pa.array([{"bytes": "/etc/passwd"}]), "struct<bytes: string>"),
+        (pa.array([[1, 2]]), "list<"),
+    ],
+)
+def test_a_column_of_anything_but_bytes_is_refused(tmp_path, column, held):
+    write_foreign(tmp_path / "data", column)
+    with pytest.raises(SystemExit, match=rf"img holds {held}.* where the images' own bytes have to be"):
+        load_splits("cifar10", tmp_path / "data")
+
+
+@pytest.mark.usefixtures("_nothing_but_the_parquet_files_is_opened")
+def test_a_label_column_that_poses_as_an_image_is_refused(tmp_path):
+    images = pa.array([{"bytes": png(pictures(1)[0]), "path": None}], STRUCT)
+    write_foreign(
+        tmp_path / "data",
+        images,
+        labels=pa.array([{"bytes": None, "path": "/etc/passwd"}], STRUCT),
+        metadata={"img": {"_type": "Image"}, "label": {"_type": "Image"}},
+    )
+    with pytest.raises(SystemExit, match="labels have to be integers"):
+        load_splits("cifar10", tmp_path / "data")
+
+
+@pytest.mark.parametrize("kind", [STRUCT, pa.binary(), pa.large_binary(), pa.struct({"bytes": pa.large_binary()})])
+def test_images_are_read_from_every_column_of_bytes(tmp_path, kind):
+    content = [png(image) for image in pictures(3)]
+    rows = [{"bytes": image} for image in content] if pa.types.is_struct(kind) else content
+    write_foreign(tmp_path / "data", pa.array(rows, kind))
+    pixels = load_splits("cifar10", tmp_path / "data").train.data.pixels
+    assert torch.equal(pixels, torch.from_numpy(pictures(3)).permute(0, 3, 1, 2))
+
+
+def test_formats_whose_readers_start_programs_are_refused(tmp_path):
+    buffer = io.BytesIO()
+    Pillow.fromarray(pictures(1)[0]).save(buffer, "eps")  # Pillow gives it to Ghostscript
+    write_foreign(tmp_path / "data", pa.array([buffer.getvalue()]))
+    with pytest.raises(SystemExit, match="row 0 of img is no readable image"):
+        load_splits("cifar10", tmp_path / "data")
+
+
+def test_an_image_too_large_for_the_memory_is_refused_before_it_is_decoded(tmp_path):
+    write_foreign(tmp_path / "data", pa.array([png(np.zeros((2000, 2000, 3), np.uint8))]))
+    with pytest.raises(SystemExit, match=r"row 0 of img .*2000x2000 pixels"):
+        load_splits("cifar10", tmp_path / "data")
+
+
+def test_images_of_several_sizes_and_files_without_images_are_refused(tmp_path):
+    write_foreign(tmp_path / "data", pa.array([png(pictures(1)[0]), png(pictures(1, size=28)[0])]))
+    with pytest.raises(SystemExit, match="differ in size"):
+        load_splits("cifar10", tmp_path / "data")
+    write_foreign(tmp_path / "data", pa.array([], pa.binary()), labels=pa.array([], pa.int64()))
+    with pytest.raises(SystemExit, match="holds no images"):
+        load_splits("cifar10", tmp_path / "data")
+
+
+@pytest.mark.parametrize("labels", [[0.5], [None], ["0"]])
+def test_labels_that_are_no_integers_are_refused(tmp_path, labels):
+    write_foreign(tmp_path / "data", pa.array([png(pictures(1)[0])]), labels=labels)
+    with pytest.raises(SystemExit, match="labels have to be integers"):
+        load_splits("cifar10", tmp_path / "data")
+
+
+@pytest.mark.usefixtures("_nothing_but_the_parquet_files_is_opened")
+def test_what_the_hub_gives_is_read_from_bytes_only(tmp_path, monkeypatch):
+    good = {"bytes": png(pictures(1)[0]), "path": None}
+    features = Features({"img": Image(), "label": ClassLabel(num_classes=10)})
+
+    def hub(*rows):
+        part = datasets.Dataset.from_dict({"img": list(rows), "label": list(range(len(rows)))}, features=features)
+        monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(train=part, test=part))
+
+    hub(good, good)
+    assert len(load_splits("cifar10", None, limit=1).train) == 1
+    assert torch.equal(
+        load_splits("cifar10", None).test.data.pixels[1], torch.from_numpy(pictures(1)[0]).permute(2, 0, 1)
+    )
+    hub(good, {"bytes": None, "path": "/etc/passwd"})
+    with pytest.raises(SystemExit, match=r"uoft-cs/cifar10, train: .*row 1 of img holds no image bytes"):
+        load_splits("cifar10", None)
 
 
 def test_a_missing_part_is_an_error(tmp_path):
