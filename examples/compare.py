@@ -3,9 +3,9 @@
     python examples/compare.py                # about a minute on two CPU cores; draws runs/compare.png
     python examples/compare.py --wrong 0      # the same with clean labels
 
-The data are scikit-learn's digits. Ten images of each class are labelled for training, one label in ten is wrong, and
-all other images are the test set. The plain network fits every label, also the wrong ones, and becomes overconfident:
-that is where sfr helps. With clean labels these digits are too easy to gain much. Both trainings of a seed share the
+The data are scikit-learn's digits. Ten images of each class are labelled for training, one label in five is wrong, and
+all other images are the test set. The plain network comes to fit the wrong labels, too, and is overconfident: that is
+where sfr helps. With clean labels these digits are too easy for a difference. Both trainings of a seed share the
 labelled images, the initial weights and the order of the batches, so they are compared in pairs. The result is that
 of the last epoch, and every seed is printed.
 """
@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--labels", type=int, default=10, help="labelled images of each class")
-    add("--wrong", type=float, default=0.1, help="share of these labels that are wrong")
+    add("--wrong", type=float, default=0.2, help="share of these labels that are wrong")
     add("--epochs", type=int, default=100)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--picture", type=Path, default=Path("runs/compare.png"))
