@@ -27,10 +27,9 @@ from sfr.wrapper import SFRWrapper
 # How often the flag of non-finite features is read where that makes the host wait for the device.
 CHECK_EVERY = 100
 # A feature term that is more than this share of the loss for so many steps is warned of; where reading it makes the
-# host wait, it is read as often as that.
+# host wait, it is read as often as that. The label term counts as the largest so far, for when the labels are fitted
+# it goes to zero, and every feature term outweighs it.
 LARGE_SHARE, LARGE_STEPS = 1 / 3, 50
-# Less than this share of the largest label term so far is never too much: the labels are fitted.
-SMALL_SHARE = 0.1
 
 INDEX_BY_NAME = (
     "criterion(output, target) takes no third argument by position; numbers of samples are passed by name: "
@@ -115,10 +114,9 @@ class SFRLoss(TensorState):
     `label_loss` alone, for a validation loss that compares with other methods.
 
     A sample whose features are not finite has a feature term of zero, with one warning; training goes on. One warning
-    says so if the feature term stays above a third of the loss for 50 steps, unless that is only because the labels
-    are fitted (it is then less than a tenth of the largest label term so far). Where all
-    supervised stages are frozen, one warning says that the feature term trains nothing. Under ``torch.compile`` the
-    criterion runs eagerly, as a whole.
+    says so if the feature term stays above a third of the loss for 50 steps. (The label term counts as its largest
+    value so far, because it goes to zero once the labels are fitted.) Where all supervised stages are frozen, one
+    warning says that the feature term trains nothing. Under ``torch.compile`` the criterion runs eagerly, as a whole.
 
     Args:
         model: the :class:`sfr.SFRWrapper`, also inside DDP or ``torch.compile``.
@@ -386,16 +384,17 @@ class SFRLoss(TensorState):
         """Warn, once, if the feature term has been a large share of the loss for many steps."""
         if "share" in self._warned or (parts.label.device.type != "cpu" and self.step % LARGE_STEPS):
             return
-        share, label = float(parts.share), float(parts.label)
-        self._largest_label = max(self._largest_label, label)
-        if share <= LARGE_SHARE or parts.weight * float(parts.feature) <= SMALL_SHARE * self._largest_label:
+        self._largest_label = max(self._largest_label, float(parts.label))
+        weighted = parts.weight * float(parts.feature)
+        share = weighted / (weighted + self._largest_label) if weighted else 0.0
+        if share <= LARGE_SHARE:
             self._large_since = None
         elif self._large_since is None:
             self._large_since = self.step
         if self._large_since is not None and self.step - self._large_since >= LARGE_STEPS - 1:
             self._warn_once(
                 "share",
-                f"the feature term has been more than a third of the loss for {LARGE_STEPS} steps (now {share:.0%}). "
+                f"the feature term has been more than a third of the loss for {LARGE_STEPS} steps. "
                 f"It may keep the network from learning its labels: lower weight={self.config.weight}, or let it fall "
                 "with weight=sfr.Ramp(...).",
             )
