@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 Pairs: TypeAlias = Literal["all", "last", "adjacent"]
 Grouping: TypeAlias = Literal["segments", "mean", "crop", "svd"]
-Layout: TypeAlias = Literal["auto", "channels_first", "channels_last", "tokens", "vector"]
+Layout: TypeAlias = Literal["auto", "channels_first", "channels_last", "tokens", "sequence_first", "vector"]
 Cost: TypeAlias = Literal["cosine", "sqeuclidean", "correlation"]
 Marginals: TypeAlias = Literal["uniform", "cross"]
 Solver: TypeAlias = Literal["auto", "exact", "proximal", "sinkhorn"]
@@ -117,7 +117,8 @@ class SFRConfig:
     Args:
         stages: names of the submodules to tap (a sequence), a regular expression that their full names match (a
             string), or None to discover them: the last output at each spatial resolution.
-        layout: memory layout of the stage outputs; "auto" infers it from their shape and the layers of the stage.
+        layout: memory layout of the stage outputs: "channels_first" (B, C, ...), "channels_last" (B, ..., C), "tokens"
+            (B, N, C), "sequence_first" (N, B, C) or "vector" (B, C); "auto" infers it from their shape and the layers.
         prefix_tokens: tokens in front of a sequence that are no local features (class, distillation, register tokens)
             and are dropped, >= 0; "auto" counts those beyond the map that the sequence comes from.
         weight: λ of the feature term, >= 0, or a :class:`Ramp`. With the default cost the term lies between 0 and 2

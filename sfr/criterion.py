@@ -20,7 +20,7 @@ from sfr.labels import DynamicLabelSmoothing, checked_target, cross_entropy
 from sfr.losses import emd_l2, relative_distance
 from sfr.nodes import Grid, View, as_map, common_grids, match_channels, spatial_shape, to_nodes
 from sfr.outputs import part_with_graph, the_logits
-from sfr.stages import resolve_pairs
+from sfr.stages import check_batches, resolve_pairs
 from sfr.state import TensorState
 from sfr.wrapper import SFRWrapper
 
@@ -260,6 +260,7 @@ class SFRLoss(TensorState):
         if weight == 0 or not logits.numel():  # an empty batch has no features to match
             self.last = LossParts(label.detach(), torch.zeros_like(label.detach()), weight)
             return label
+        self._check_batches(features, logits)
         pairs, distances = self._feature_terms(features)
         feature = torch.stack(list(pairs.values())).mean().to(label.device)
         if not feature.requires_grad:
@@ -300,17 +301,28 @@ class SFRLoss(TensorState):
         Raises:
             ValueError: naming the stage, if its output cannot be read so.
         """
+        view = self.view_of(name, feature)
         try:
-            return as_map(feature, self.view_of(name, feature))
+            return as_map(feature, view)
         except ValueError as error:
             raise ValueError(f"stage {name!r} {error}") from None
 
     def view_of(self, name: str, feature: Tensor) -> View:
         """Return how a stage's output is read: as the configuration states, or else as seen or inferred."""
         if name not in self._views:
-            seen = self._model.stage_views.get(name)
-            self._views[name] = seen or assumed_view(self._model.stage(name), feature, self.config)
+            try:
+                seen = self._model.stage_views.get(name)
+                self._views[name] = seen or assumed_view(self._model.stage(name), feature, self.config)
+            except ValueError as error:
+                raise ValueError(f"stage {name!r} {error}") from None
         return self._views[name]
+
+    def _check_batches(self, features: dict[str, Tensor], logits: Tensor) -> None:
+        """Raise an error that names the stage whose output is not read as one of the batch of the logits."""
+        outputs = {
+            name: (tuple(feature.shape), self.view_of(name, feature).layout) for name, feature in features.items()
+        }
+        check_batches(outputs, len(logits) if self.label_loss is None else None)
 
     def _feature_terms(self, features: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the feature term of every pair, and where they are not the terms the distances for the log."""

@@ -3,77 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import TensorWeakRef
 
+from sfr.candidates import LEVEL_RATIO, Candidates
 from sfr.config import SFRConfig
-from sfr.nodes import Grid, View, cells, spatial_shape, token_grid
+from sfr.nodes import View
 from sfr.outputs import features_in, logits_in
-from sfr.stages import HOW_TO_NAME, infer_layout
+from sfr.reading import Reader, assumed_view
+from sfr.sightings import STAGES_IN_DEPTH, Sighting, ancestors, even_places, held, is_container, outermost
+from sfr.stages import HOW_TO_NAME
 from sfr.taps import graph_behind
 
-# Stages of a model whose features are ordered by depth alone: more would make pairs of near copies.
-STAGES_IN_DEPTH = 4
-# Resolutions closer than this differ by the border of a convolution and are one level.
-LEVEL_RATIO = 1.5
-# A sequence that is longer than the map by more than this does not come from the map.
-MOST_PREFIX_TOKENS = 16
-
-
-@dataclass(eq=False)
-class Sighting:
-    """The output of one module in the watched forward.
-
-    Args:
-        name, module: the submodule.
-        feature: its output.
-        node: the autograd node that made it, if any; in-place operations later give the tensor another one.
-        view: how the output is read.
-        cells: local features in it.
-        sole: whether the module returns no other feature; which of several is its output is for the user to say.
-    """
-
-    name: str
-    module: nn.Module
-    feature: Tensor
-    node: Any
-    view: View
-    cells: int
-    sole: bool
-
-    @property
-    def is_layer(self) -> bool:
-        """Whether the module is a layer with weights."""
-        return has_weights(self.module)
-
-    @property
-    def is_block(self) -> bool:
-        """Whether the module has parts and is more than a container of them."""
-        return not is_leaf(self.module) and not is_container(self.module)
-
-
-def assumed_view(stage: nn.Module, feature: Tensor, config: SFRConfig) -> View:
-    """Return how the output of a stage is read whose forward was not watched.
-
-    Raises:
-        ValueError: if the layout or the number of prefix tokens cannot be told.
-    """
-    layout = infer_layout(stage, feature) if config.layout == "auto" else config.layout
-    if layout != "tokens":
-        return View(layout)
-    if config.prefix_tokens == "auto":
-        raise ValueError(
-            "gives tokens, and no watched forward has shown how many of them are class or register tokens: pass "
-            "example_input= to the wrapper if its first forward is compiled, or state prefix_tokens= (0 if none)"
-        )
-    return View(layout, config.prefix_tokens)
+__all__ = ["STAGES_IN_DEPTH", "Sighting", "StageFinder", "assumed_view", "evenly"]
 
 
 class StageFinder:
@@ -90,18 +38,24 @@ class StageFinder:
     "Last" prefers the outermost modules, so that a block is taken and not a layer inside the next block (a strided
     block often begins at the old resolution), and a bare normalisation, pooling or dropout comes after all else.
 
+    It holds on to the outputs that may still become stages, see :class:`sfr.candidates.Candidates`, and of all others
+    to no more than their shapes and places in the autograd graph.
+
     Args:
         model: the plain model.
         config: its ``layout`` and ``prefix_tokens`` overrule what is seen.
+        named: names of the stages, if the user gave them; none is looked for then.
+        keep: whether the features of the stages are wanted, too.
     """
 
-    def __init__(self, model: nn.Module, config: SFRConfig) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, config: SFRConfig, named: Sequence[str] = (), keep: bool = False) -> None:
+        self._model, self._config, self._named = model, config, tuple(named)
         self._seen: set[str] = set()
         self._kinds = Counter(type(module) for module in model.modules())
-        self._reader = _Reader(config)
         self._sightings: list[Sighting] = []
         self._calls: Counter[str] = Counter()
+        self._candidates = Candidates(model) if keep and not named else None
+        self._reader = Reader(config, ())
         self._gradient = True
         self._batch: int | None = None
         self._logits: Tensor | None = None
@@ -113,7 +67,7 @@ class StageFinder:
         self._open.enter_context(torch.compiler.set_stance("force_eager"))
         hooks = [self._model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for name, module in self._model.named_modules():
-            if name:
+            if name and not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
                 hooks.append(module.register_forward_hook(self._hook(name)))
         hooks.append(self._model.register_forward_hook(self._end))
         for hook in hooks:
@@ -126,6 +80,7 @@ class StageFinder:
     def _begin(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim)
         self._batch = next((len(tensor) for tensor in tensors), None)
+        self._reader = self._reader_of(self._batch)
 
     def _hook(self, name: str) -> Callable[..., None]:
         def see(module: nn.Module, _: Any, output: Any) -> None:
@@ -134,35 +89,59 @@ class StageFinder:
                 return
             self._calls[name] += 1
             features = features_in(output)
-            if features and features[0].ndim and len(features[0]) == self._batch:
-                feature, sole = features[0], len(features) == 1
-                with suppress(ValueError):  # of no known layout: no candidate
-                    view, size = self._reader.read(module, feature)
-                    self._sightings.append(Sighting(name, module, feature, feature.grad_fn, view, size, sole))
+            if features and features[0].ndim:
+                self._note(name, module, features[0], sole=len(features) == 1)
+            elif self._candidates:
+                self._candidates.leave_out(name)
 
         return see
 
+    def _note(self, name: str, module: nn.Module, feature: Tensor, sole: bool) -> None:
+        sighting = Sighting(name, module, tuple(feature.shape), feature.grad_fn, sole)
+        self._sightings.append(sighting)
+        if self._candidates:
+            sighting.output = TensorWeakRef(feature)
+            self._reader.read(sighting)
+            self._candidates.add(sighting, feature)
+
     def _end(self, _: nn.Module, __: Any, output: Any) -> None:
+        """Read all that was seen once more, now that the batch of the logits is known."""
         self._logits = logits_in(output)
+        batch = len(self._logits) if self._logits is not None and self._logits.ndim > 1 else None
+        reader = self._reader_of(batch, self._batch)
+        for sighting in self._sightings:
+            reader.read(sighting)
+
+    def _reader_of(self, *batches: int | None) -> Reader:
+        known = dict.fromkeys(batch for batch in batches if batch is not None)
+        return Reader(self._config, known, self._sightings, self._named)
 
     def views(self, names: Iterable[str]) -> dict[str, View]:
-        """Return how the output of each of these modules is read, as far as they were seen."""
-        seen = {sighting.name: sighting.view for sighting in self._sightings}
-        return {name: seen[name] for name in names if name in seen}
+        """Return how the output of each of these modules is read, as far as they were seen.
+
+        Raises:
+            ValueError: naming the stage, if it cannot be told which of its axes is the batch.
+        """
+        wanted = set(names)
+        seen = {sighting.name: sighting for sighting in self._sightings if sighting.name in wanted}
+        for name, sighting in seen.items():
+            if sighting.problem:
+                raise ValueError(f"stage {name!r} {sighting.problem}")
+        return {name: sighting.view for name, sighting in seen.items() if sighting.view}
 
     def found(self) -> dict[str, Sighting]:
         """Return the stages by name, in forward order.
 
         Raises:
-            ValueError: if there are fewer than two.
+            ValueError: if there are fewer than two, or one cannot be read.
         """
-        seen = _leading_to(self._logits, [sighting for sighting in self._sightings if sighting.sole])
+        seen = _leading_to(self._logits, [sighting for sighting in self._sightings if sighting.sole and sighting.view])
         body = _before_classifier(self._logits, seen)
         self._seen = {sighting.name for sighting in body}
         layers = [sighting.name for sighting in seen if sighting.is_layer]
         blocks = self._blocks(self._stable(body), layers)
         ways = (
-            lambda: evenly(blocks) if 2 * _held(blocks, layers) > len(layers) else [],
+            lambda: evenly(blocks) if 2 * held(_names(blocks), layers) > len(layers) else [],
             lambda: self._resolutions(body),
             lambda: evenly(blocks),
             lambda: evenly(self._layers(body)),
@@ -172,6 +151,7 @@ class StageFinder:
         for way in ways:
             stages = way() or stages
             if len(stages) > 1:
+                self.views(stage.name for stage in stages)
                 return {stage.name: stage for stage in stages}
         raise ValueError(
             f"found {len(stages)} stage(s) {[stage.name for stage in stages]} in {type(self._model).__name__}, "
@@ -194,7 +174,8 @@ class StageFinder:
                 kinds[type(sighting.module)].append(sighting)
         repeated = [blocks for blocks in map(_outermost, kinds.values()) if len(blocks) > 1]
         # Of blocks around one another, which hold the same layers, the outer ones.
-        blocks = max(repeated, key=lambda blocks: (_held(blocks, layers), -blocks[0].name.count(".")), default=[])
+        rank = lambda blocks: (held(_names(blocks), layers), -blocks[0].name.count("."))  # noqa: E731
+        blocks = max(repeated, key=rank, default=[])
         return blocks if len({block.cells for block in blocks}) == 1 else []
 
     def _resolutions(self, sightings: list[Sighting]) -> list[Sighting]:
@@ -245,78 +226,14 @@ class StageFinder:
 
         A container is no block, nor is a module of a kind that is there once, or one that could be no stage itself.
         """
-        around = (self._model.get_submodule(name) for name in _ancestors(sighting.name) if name in self._seen)
+        around = (self._model.get_submodule(name) for name in ancestors(sighting.name) if name in self._seen)
         depth = sum(not is_container(module) and self._kinds[type(module)] > 1 for module in around)
-        kind = type(sighting.module).__name__.lower()
-        return depth, is_leaf(sighting.module) and any(word in kind for word in ("norm", "pool", "dropout", "permute"))
-
-
-class _Reader:
-    """Tells how one output after another is read, from the layers and maps that went before."""
-
-    def __init__(self, config: SFRConfig) -> None:
-        self._config = config
-        self._layer: nn.Module | None = None
-        self._maps: list[Grid] = []
-        self._prefix = 0
-
-    def read(self, module: nn.Module, feature: Tensor) -> tuple[View, int]:
-        """Return the view of a module's output and the number of local features in it.
-
-        Raises:
-            ValueError: if the output has not the axes of a feature.
-        """
-        is_layer = has_weights(module)
-        if is_layer:
-            self._layer = module
-        layout = self._config.layout
-        if layout == "auto":
-            layout = infer_layout(module, feature, self._layer)
-        shape = spatial_shape(feature, layout)
-        view = self._tokens(*shape) if layout == "tokens" else View(layout)
-        local = cells(shape) - view.prefix
-        if is_layer and local > 1:
-            self._maps.append((local,) if layout == "tokens" else shape)
-        return view, local
-
-    def _tokens(self, count: int) -> View:
-        """Return the view of `count` tokens.
-
-        Those beyond the cells of a map, or beyond the length of a sequence, written before are prefix tokens. Where
-        none fits (tokens were merged) there are as many as before. The rest lies like a map of the same proportions.
-        """
-        surplus = [extra for extra in (count - cells(grid) for grid in self._maps) if 0 <= extra <= MOST_PREFIX_TOKENS]
-        if self._config.prefix_tokens != "auto":
-            self._prefix = self._config.prefix_tokens
-        elif surplus:
-            self._prefix = min(surplus)
-        local = count - self._prefix
-        nearest = sorted(self._maps, key=lambda grid: abs(cells(grid) - local))
-        fitting = (grid for grid in nearest if local > 0 and len(token_grid(local, grid)) > 1)
-        return View("tokens", self._prefix, next(fitting, ()))
-
-
-def is_leaf(module: nn.Module) -> bool:
-    """Whether a module has no parts."""
-    return not any(True for _ in module.children())
-
-
-def has_weights(module: nn.Module) -> bool:
-    """Whether a module is a layer: a convolution, a linear map, or a leaf with a matrix of its own."""
-    if isinstance(module, (_ConvNd, nn.Linear)):
-        return True
-    return is_leaf(module) and any(parameter.ndim > 1 for parameter in module.parameters())
-
-
-def is_container(module: nn.Module) -> bool:
-    """Whether a module only holds others."""
-    return type(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+        return depth, sighting.is_bare
 
 
 def evenly(stages: list[Sighting]) -> list[Sighting]:
-    """Return at most :data:`STAGES_IN_DEPTH` of the stages, evenly spaced, with the last one."""
-    count = min(STAGES_IN_DEPTH, len(stages))
-    return [stages[(k + 1) * len(stages) // count - 1] for k in range(count)]
+    """Return at most :data:`~sfr.sightings.STAGES_IN_DEPTH` of the stages, evenly spaced, with the last one."""
+    return [stages[place] for place in even_places(len(stages))] if stages else []
 
 
 def _leading_to(logits: Tensor | None, sightings: list[Sighting]) -> list[Sighting]:
@@ -332,30 +249,21 @@ def _before_classifier(logits: Tensor | None, sightings: list[Sighting]) -> list
     if logits is None or logits.ndim < 2:
         return sightings
     last = max((index for index, sighting in enumerate(sightings) if sighting.is_layer), default=None)
-    if last is None or logits.shape[1] not in sightings[last].feature.shape[1:]:
+    if last is None or logits.shape[1] not in sightings[last].shape[1:]:
         return sightings
     return sightings[:last]
 
 
-def _ancestors(name: str) -> Iterator[str]:
-    """Yield the names of the modules that hold this one, the nearest first."""
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name
+def _is_detour(sighting: Sighting, sizes: Mapping[str, int]) -> bool:
+    """Whether a module around this one returns to a larger map, as attention to a pooled map does."""
+    return any(sizes.get(name, 0) > sighting.cells for name in ancestors(sighting.name))
+
+
+def _names(sightings: list[Sighting]) -> list[str]:
+    return [sighting.name for sighting in sightings]
 
 
 def _outermost(blocks: list[Sighting]) -> list[Sighting]:
     """Leave out the blocks inside others."""
-    names = {block.name for block in blocks}
-    return [block for block in blocks if not any(name in names for name in _ancestors(block.name))]
-
-
-def _held(blocks: list[Sighting], layers: list[str]) -> int:
-    """Return how many of the layers, given by name, lie inside the blocks."""
-    names = {block.name for block in blocks}
-    return sum(any(name in names for name in _ancestors(layer)) for layer in layers)
-
-
-def _is_detour(sighting: Sighting, sizes: Mapping[str, int]) -> bool:
-    """Whether a module around this one returns to a larger map, as attention to a pooled map does."""
-    return any(sizes.get(name, 0) > sighting.cells for name in _ancestors(sighting.name))
+    names = set(outermost(_names(blocks)))
+    return [block for block in blocks if block.name in names]

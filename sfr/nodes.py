@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,22 +32,38 @@ class View:
     grid: Grid = ()
 
 
-def spatial_shape(feature: Tensor, layout: Layout) -> Grid:
+class Shaped(Protocol):
+    """A tensor, or what is known of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def ndim(self) -> int: ...
+
+
+def spatial_shape(feature: Shaped, layout: Layout) -> Grid:
     """Return the size of each spatial axis of a feature map: () for a vector, (N,) for N tokens.
 
     Args:
-        feature: a stage output whose first axis is the batch.
-        layout: "channels_first" (B, C, ...), "channels_last" (B, ..., C), "tokens" (B, N, C) or "vector" (B, C).
+        feature: a stage output.
+        layout: "channels_first" (B, C, ...), "channels_last" (B, ..., C), "tokens" (B, N, C), "sequence_first"
+            (N, B, C) or "vector" (B, C).
 
     Raises:
         ValueError: if the feature has not the number of axes that its layout needs, or the layout is no such.
     """
-    axes = {"vector": (2, 2), "tokens": (3, 3), "channels_first": (3, 5), "channels_last": (3, 5)}
+    axes = {
+        "vector": (2, 2), "tokens": (3, 3), "sequence_first": (3, 3), "channels_first": (3, 5), "channels_last": (3, 5)
+    }  # fmt: skip
     if layout not in axes:
         raise ValueError(f"layout must be one of {', '.join(map(repr, axes))}; got {layout!r}")
     low, high = axes[layout]
     if not low <= feature.ndim <= high:
-        raise ValueError(f"layout {layout!r} needs {low} to {high} axes; got shape {tuple(feature.shape)}")
+        needed = f"{low}" if low == high else f"{low} to {high}"
+        raise ValueError(f"layout {layout!r} needs {needed} axes; got shape {tuple(feature.shape)}")
+    if layout == "sequence_first":
+        return (feature.shape[0],)
     return tuple(feature.shape[2:] if layout == "channels_first" else feature.shape[1:-1])
 
 
@@ -61,8 +78,10 @@ def as_map(feature: Tensor, view: View) -> tuple[Tensor, Layout]:
         >>> feature.shape, layout
         (torch.Size([2, 14, 14, 192]), 'channels_last')
     """
-    if view.layout != "tokens" or feature.ndim != 3:
+    if view.layout not in ("tokens", "sequence_first") or feature.ndim != 3:
         return feature, view.layout
+    if view.layout == "sequence_first":
+        feature = feature.transpose(0, 1)
     count = feature.shape[1] - view.prefix
     if count < 1:
         raise ValueError(f"has {feature.shape[1]} tokens, of which prefix_tokens={view.prefix} leave none")
@@ -119,7 +138,9 @@ def to_nodes(feature: Tensor, layout: Layout, grid: Grid) -> Tensor:
     if layout == "vector":
         nodes = feature.unsqueeze(1)
     else:
-        if layout != "channels_first":
+        if layout == "sequence_first":
+            feature = feature.permute(1, 2, 0)
+        elif layout != "channels_first":
             feature = feature.movedim(-1, 1)
         if tuple(feature.shape[2:]) != grid:
             feature = _pool(feature, grid)

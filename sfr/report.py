@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from sfr.config import Layout
 from sfr.criterion import LARGE_SHARE, LossParts, SFRLoss
 from sfr.measure import StepCost, compare_steps
 from sfr.nodes import cells, common_grids, match_channels, spatial_shape, to_nodes
@@ -159,7 +160,7 @@ def _describe(criterion: SFRLoss, features: dict[str, Tensor]) -> tuple[tuple[St
         StageRow(name, type(model.stage(name)).__name__, tuple(feature.shape), views[name].layout, views[name].prefix)
         for name, feature in features.items()
     )
-    maps = {name: criterion.map_of(name, feature[:1]) for name, feature in features.items()}
+    maps = {name: _of_one_image(*criterion.map_of(name, feature)) for name, feature in features.items()}
     pairs = []
     names = list(features)
     for i, j in resolve_pairs(config.pairs, names):
@@ -170,6 +171,10 @@ def _describe(criterion: SFRLoss, features: dict[str, Tensor]) -> tuple[tuple[St
         sizes = (cells(grids[0]), cells(grids[1]))
         pairs.append(PairRow(names[i], names[j], sizes, matched.shape[2], matched.shape[0]))
     return stages, tuple(pairs)
+
+
+def _of_one_image(stage_map: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
+    return stage_map[:1], layout
 
 
 def _mean_of(output: Any) -> Tensor:

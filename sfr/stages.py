@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from sfr.config import Layout, Pairs
+from sfr.nodes import Shaped
 
 HOW_TO_NAME = (
     "Name at least two submodules whose outputs are levels of the feature hierarchy, as in "
@@ -55,7 +56,7 @@ def find_stages(model: nn.Module, stages: str | Sequence[str]) -> dict[str, nn.M
     return found
 
 
-def infer_layout(stage: nn.Module, feature: Tensor, layer: nn.Module | None = None) -> Layout:
+def infer_layout(stage: nn.Module, feature: Shaped, layer: nn.Module | None = None) -> Layout:
     """Return the layout of a stage's output, from its shape and the layers of the stage.
 
     Two axes are a vector. Else the channels are the axis that is as long as the last convolution or linear map is
@@ -92,6 +93,45 @@ def infer_layout(stage: nn.Module, feature: Tensor, layer: nn.Module | None = No
     convolutional = any(isinstance(module, _ConvNd) for module in layers)
     linear = any(isinstance(module, (nn.Linear, nn.LayerNorm)) for module in layers)
     return "channels_first" if convolutional or (feature.ndim > 3 and not linear) else last_axis
+
+
+def check_batches(outputs: Mapping[str, tuple[tuple[int, ...], Layout]], batch: int | None) -> None:
+    """Raise a ``ValueError`` unless all stages are of one batch, and of that of the logits.
+
+    Stages may also be of a multiple of it (a model that folds frames or crops into the batch) or of a part (logits
+    flattened over positions).
+
+    Args:
+        outputs: shape and layout of the output of each stage, by name.
+        batch: length of the first axis of the logits; None if that is not known to be the batch.
+    """
+    sizes = {}
+    for name, (shape, layout) in outputs.items():
+        axis = int(layout == "sequence_first")
+        size = sizes[name] = shape[axis]
+        if batch is None or size == batch or (size == 1 and not axis):
+            continue
+        if len(shape) == 3 and shape[1 - axis] == batch:
+            raise ValueError(f"stage {name!r} {swapped_axes(shape, batch, layout)}")
+        if not size or not batch or (size % batch and batch % size):
+            raise ValueError(
+                f"stage {name!r} has shape {shape}, read as {layout!r} of a batch of {size}, but the logits are of a "
+                f"batch of {batch}: tap a module whose output is for the whole batch, with stages=[...]"
+            )
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"the stages are of different batches: {', '.join(f'{name!r} of {size}' for name, size in sizes.items())}. "
+            "Tap modules whose outputs are all for the whole batch, with stages=[...]"
+        )
+
+
+def swapped_axes(shape: Sequence[int], batch: int, layout: Layout) -> str:
+    """Return what to say of an output whose batch, of this length, is not on the axis where its layout has it."""
+    is_axis, other = ("first", "tokens") if layout == "sequence_first" else ("second", "sequence_first")
+    return (
+        f"has shape {tuple(shape)}, and the batch of {batch} is its {is_axis} axis: state layout={other!r}, or tap "
+        "another module, with stages=[...]"
+    )
 
 
 def resolve_pairs(pairs: Pairs | Sequence[tuple[int | str, int | str]], names: Sequence[str]) -> list[tuple[int, int]]:

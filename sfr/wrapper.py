@@ -209,7 +209,7 @@ class SFRWrapper(nn.Module):
     def _discovering_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the first training forward and watch it."""
         named = self._stage_names is not None
-        with StageFinder(self._model, self._config) as finder:
+        with StageFinder(self._model, self._config, self._stage_names or (), keep=True) as finder:
             output = self._recorded_forward(*args, **kwargs) if named else self._model(*args, **kwargs)
         features = self._learn_from(finder)
         if not named:
@@ -222,14 +222,14 @@ class SFRWrapper(nn.Module):
         if found:
             self._tap({name: stage.module for name, stage in found.items()})
         self._views = finder.views(self._stage_names or ())
-        return {name: stage.feature for name, stage in found.items()}
+        return {name: stage.feature for name, stage in found.items() if stage.feature is not None}
 
     def _discover_from(self, example_input: Any) -> None:
         args, kwargs = split_arguments(example_input)
         modes = [(module, module.training) for module in self._model.modules()]
         try:
             self._model.eval()
-            with torch.no_grad(), StageFinder(self._model, self._config) as finder:
+            with torch.no_grad(), StageFinder(self._model, self._config, self._stage_names or ()) as finder:
                 self._model(*args, **kwargs)
         finally:
             for module, mode in modes:

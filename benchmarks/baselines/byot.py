@@ -84,4 +84,4 @@ def stage_shapes(model: nn.Module, device: torch.device) -> dict[str, torch.Size
     with StageFinder(model.eval(), sfr.SFRConfig()) as finder:
         model(torch.zeros(1, 3, 32, 32, device=device))
     model.train(training)
-    return {name: stage.feature.shape[1:] for name, stage in finder.found().items()}
+    return {name: torch.Size(stage.shape[1:]) for name, stage in finder.found().items()}

@@ -1,0 +1,175 @@
+"""How the output of a module is read: which axis is the batch, which the channels, and which tokens are dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from sfr.config import Layout, SFRConfig
+from sfr.nodes import Grid, View, cells, spatial_shape, token_grid
+from sfr.sightings import Sighting, is_container
+from sfr.stages import infer_layout, swapped_axes
+
+# A sequence that is longer than the map by more than this does not come from the map.
+MOST_PREFIX_TOKENS = 16
+
+UNCLEAR = (
+    "has shape {shape}, and which of its first two axes is the batch cannot be told: they are equally long, and the "
+    "model holds layers with batch_first=False. State layout='sequence_first' if the batch is the second axis, "
+    "layout='tokens' if it is the first, or begin with a batch of another size"
+)
+
+
+class Reader:
+    """Tells how one output after another is read, from the layers and maps that went before.
+
+    Args:
+        config: its ``layout`` and ``prefix_tokens`` overrule what is seen.
+        batches: what may be the length of the batch, the likeliest first; of the logits, and of the input.
+        seen: all outputs of the forward, as far as known.
+        named: names of the stages, if the user gave them.
+    """
+
+    def __init__(
+        self,
+        config: SFRConfig,
+        batches: Iterable[int],
+        seen: Iterable[Sighting] = (),
+        named: Iterable[str] = (),
+    ) -> None:
+        self._config = config
+        self._batches = list(batches)
+        self._named = set(named)
+        self._layer: nn.Module | None = None
+        self._maps: list[Grid] = []
+        self._prefix = 0
+        # The first two axes, sequence and batch, of what layers with batch_first=False return.
+        self._sequences = {each.shape[:2] for each in seen if each.ndim == 3 and is_batch_first(each.module) is False}
+
+    def read(self, sighting: Sighting) -> None:
+        """Set view and cells of an output, and what is wrong with it; none of them if it is not of the whole batch."""
+        sighting.view, sighting.cells, sighting.problem = None, 0, ""
+        try:
+            axis = self._batch_axis(sighting)
+            if axis is not None:
+                sighting.view, sighting.cells = self._view(sighting, axis)
+        except ValueError as error:
+            sighting.problem = str(error)
+
+    def _view(self, sighting: Sighting, batch_axis: int) -> tuple[View, int]:
+        is_layer = sighting.is_layer
+        if is_layer:
+            self._layer = sighting.module
+        layout = self._config.layout
+        if layout == "auto":
+            layout = "sequence_first" if batch_axis else infer_layout(sighting.module, sighting, self._layer)
+        shape = spatial_shape(sighting, layout)
+        tokens = layout in ("tokens", "sequence_first")
+        view = self._tokens(layout, *shape) if tokens else View(layout)
+        local = cells(shape) - view.prefix
+        if is_layer and local > 1:
+            self._maps.append((local,) if tokens else shape)
+        return view, local
+
+    def _batch_axis(self, sighting: Sighting) -> int | None:
+        """Return which axis is the batch; None if none is.
+
+        Raises:
+            ValueError: for a named stage whose layout, as stated or as a rule, has it on the wrong one.
+        """
+        shape, stated = sighting.shape, self._config.layout
+        if stated == "sequence_first":
+            axis = 1 if sighting.ndim != 3 or shape[1] in self._batches else None
+        elif stated != "auto":
+            axis = 0 if shape and shape[0] in self._batches else None
+        else:
+            axes = (self._axis_of(batch, sighting) for batch in self._batches)
+            axis = next((axis for axis in axes if axis is not None), None)
+        if axis is None and sighting.name in self._named:
+            if sighting.ndim == 3 and self._batches and shape[1 - (stated == "sequence_first")] == self._batches[0]:
+                raise ValueError(swapped_axes(shape, self._batches[0], stated))
+            axis = int(stated == "sequence_first")
+        return axis
+
+    def _axis_of(self, batch: int, sighting: Sighting) -> int | None:
+        """Return which axis is the batch, if it is as long as this; of three axes it may be the second."""
+        shape = sighting.shape
+        if batch not in shape[:2]:
+            return None
+        if sighting.ndim != 3:
+            return 0 if shape[0] == batch else None
+        batch_first = is_batch_first(sighting.module)
+        if batch_first is not None:
+            return 1 - batch_first if not batch_first or shape[0] == batch else None
+        unclear = shape[:2] in self._sequences or holds_sequence_first(sighting.module)
+        if shape[0] == shape[1] and unclear:
+            sighting.problem = UNCLEAR.format(shape=shape)
+            return 0
+        if shape[:2] in self._sequences:
+            return 1
+        if shape[0] == batch:
+            return 0
+        # Windows of a map are a multiple of the batch, too, and may be as long as it.
+        return 1 if batch == 1 or shape[0] % batch else None
+
+    def _tokens(self, layout: Layout, count: int) -> View:
+        """Return the view of `count` tokens.
+
+        Those beyond the cells of a map, or beyond the length of a sequence, written before are prefix tokens. Where
+        none fits (tokens were merged) there are as many as before. The rest lies like a map of the same proportions.
+        """
+        surplus = [extra for extra in (count - cells(grid) for grid in self._maps) if 0 <= extra <= MOST_PREFIX_TOKENS]
+        if self._config.prefix_tokens != "auto":
+            self._prefix = self._config.prefix_tokens
+        elif surplus:
+            self._prefix = min(surplus)
+        local = count - self._prefix
+        nearest = sorted(self._maps, key=lambda grid: abs(cells(grid) - local))
+        fitting = (grid for grid in nearest if local > 0 and len(token_grid(local, grid)) > 1)
+        return View(layout, self._prefix, next(fitting, ()))
+
+
+def assumed_view(stage: nn.Module, feature: Tensor, config: SFRConfig) -> View:
+    """Return how the output of a stage is read whose forward was not watched.
+
+    Raises:
+        ValueError: if the layout or the number of prefix tokens cannot be told.
+    """
+    layout = config.layout
+    if layout == "auto":
+        layout = infer_layout(stage, feature)
+        if layout == "tokens" and is_batch_first(stage) is False:
+            layout = "sequence_first"
+        elif layout == "tokens" and holds_sequence_first(stage):
+            raise ValueError(
+                "holds layers with batch_first=False, and no watched forward has shown which of its axes is the batch: "
+                "state layout='sequence_first' if it is the second, or 'tokens' if it is the first"
+            )
+    if layout not in ("tokens", "sequence_first"):
+        return View(layout)
+    if config.prefix_tokens == "auto":
+        raise ValueError(
+            "gives tokens, and no watched forward has shown how many of them are class or register tokens: pass "
+            "example_input= to the wrapper if its first forward is compiled, or state prefix_tokens= (0 if none)"
+        )
+    return View(layout, config.prefix_tokens)
+
+
+def is_batch_first(module: nn.Module) -> bool | None:
+    """Whether the batch is the first axis of what a module of PyTorch's own returns; None if it may be either."""
+    if is_container(module):
+        parts = list(module.children())
+        return is_batch_first(parts[-1]) if parts else None
+    if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
+        return is_batch_first(module.layers[0])
+    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        return is_batch_first(module.self_attn)
+    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase, nn.Transformer)):
+        return bool(module.batch_first)
+    return None
+
+
+def holds_sequence_first(module: nn.Module) -> bool:
+    """Whether a module holds an attention or a recurrent layer with ``batch_first=False``."""
+    return any(getattr(part, "batch_first", None) is False for part in module.modules())
