@@ -58,19 +58,28 @@ class Reader:
             sighting.problem = str(error)
 
     def _view(self, sighting: Sighting, batch_axis: int) -> tuple[View, int]:
-        is_layer = sighting.is_layer
-        if is_layer:
+        if sighting.is_layer:
             self._layer = sighting.module
         layout = self._config.layout
         if layout == "auto":
-            layout = "sequence_first" if batch_axis else infer_layout(sighting.module, sighting, self._layer)
-        shape = spatial_shape(sighting, layout)
+            layout = self._inferred(sighting, batch_axis)
+        try:
+            shape = spatial_shape(sighting, layout)
+        except ValueError:
+            if sighting.ndim > 3:  # no stage as the layout is stated, but it shows the map that the tokens come from
+                self._note_map(sighting, spatial_shape(sighting, self._inferred(sighting, 0)))
+            raise
         tokens = layout in ("tokens", "sequence_first")
         view = self._tokens(layout, *shape) if tokens else View(layout)
-        local = cells(shape) - view.prefix
-        if is_layer and local > 1:
-            self._maps.append((local,) if tokens else shape)
-        return view, local
+        self._note_map(sighting, (cells(shape) - view.prefix,) if tokens else shape)
+        return view, cells(shape) - view.prefix
+
+    def _inferred(self, sighting: Sighting, batch_axis: int) -> Layout:
+        return "sequence_first" if batch_axis else infer_layout(sighting.module, sighting, self._layer)
+
+    def _note_map(self, sighting: Sighting, grid: Grid) -> None:
+        if sighting.is_layer and cells(grid) > 1:
+            self._maps.append(grid)
 
     def _batch_axis(self, sighting: Sighting) -> int | None:
         """Return which axis is the batch; None if none is.

@@ -417,3 +417,186 @@ def test_the_view_of_a_forward_that_nobody_watched_is_inferred_or_an_error_that_
     assert assumed_view(*tokens, sfr.SFRConfig(prefix_tokens=1)) == View("tokens", 1)
     with pytest.raises(ValueError, match=r"example_input=.*prefix_tokens="):
         assumed_view(*tokens, sfr.SFRConfig())
+
+
+class Attention(nn.Module):
+    """Residual self-attention between (N, B, C) or (B, N, C), with PyTorch's layer or one of its own."""
+
+    def __init__(self, width, order="sequence first", own=False):
+        super().__init__()
+        self.order, self.own, self.norm = order, own, nn.LayerNorm(width)
+        self.attention = nn.Linear(width, 3 * width) if own else nn.MultiheadAttention(width, 2)
+
+    def forward(self, x):
+        y = self.norm(x)
+        y = y if self.order == "sequence first" else y.transpose(0, 1)
+        if self.own:
+            parts = (part.transpose(0, 1) for part in self.attention(y).chunk(3, dim=-1))
+            y = nn.functional.scaled_dot_product_attention(*parts).transpose(0, 1)
+        else:
+            y = self.attention(y, y, y, need_weights=False)[0]
+        return x + (y if self.order == "sequence first" else y.transpose(0, 1))
+
+
+class Clip(nn.Module):
+    """A vision transformer whose blocks see (N, B, C): a class token and 16 patches of an image of 16 x 16."""
+
+    def __init__(self, make_block):
+        super().__init__()
+        self.patches, self.token = nn.Conv2d(3, 16, 4, 4), nn.Parameter(torch.randn(1, 1, 16))
+        self.blocks = nn.Sequential(*(make_block() for _ in range(3)))
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).permute(2, 0, 1)
+        x = torch.cat([self.token.expand(-1, x.shape[1], -1), x])
+        return self.fc(self.blocks(x)[0])
+
+
+BLOCKS = {
+    "PyTorch's attention": lambda: Attention(16),
+    "its own attention": lambda: Attention(16, own=True),
+    "PyTorch's encoder layer": lambda: nn.TransformerEncoderLayer(16, 2, 32, dropout=0),
+}
+STATED = {
+    "discovered": {},
+    "named": {"stages": [f"blocks.{k}" for k in range(3)]},
+    "named, prefix stated": {"stages": r"blocks\..", "prefix_tokens": 1},
+    "stated": {"stages": r"blocks\..", "layout": "sequence_first"},
+}
+
+
+def feature_terms(model, x):
+    """Return the feature term of the images in their order and in another one."""
+    criterion = sfr.SFRLoss(model)
+    terms = []
+    for batch in (x, x.flip(0).roll(1, 0)):
+        criterion(model(batch), torch.arange(len(x)) % 10)
+        terms.append(criterion.last.feature)
+    return terms
+
+
+@pytest.mark.parametrize("options", STATED.values(), ids=STATED)
+@pytest.mark.parametrize("images", [1, 6, 16, 34])
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_tokens_with_the_batch_second_are_read_as_those_with_the_batch_first(block, images, options):
+    model = sfr.SFRWrapper(Clip(block), **options)
+    shuffled = feature_terms(model, torch.randn(images, 3, 16, 16))
+    assert model.stage_views == {f"blocks.{k}": View("sequence_first", 1, (4, 4)) for k in range(3)}
+    torch.testing.assert_close(*shuffled)
+    features = {name: torch.randn(17, images, 16) for name in model.stage_names}
+    swapped = {name: feature.transpose(0, 1) for name, feature in features.items()}
+    criterion = sfr.SFRLoss(model)
+    terms = criterion._feature_terms(features)
+    criterion._views = {name: View("tokens", 1, (4, 4)) for name in features}
+    assert criterion._feature_terms(swapped) == terms
+
+
+@pytest.mark.parametrize("options", [{}, {"stages": r"blocks\..", "prefix_tokens": 1}], ids=["discovered", "named"])
+def test_a_first_batch_as_large_as_the_sequence_is_read_right_or_an_error(options):
+    x = torch.randn(17, 3, 16, 16)
+    encoder = sfr.SFRWrapper(Clip(BLOCKS["PyTorch's encoder layer"]), **options)
+    torch.testing.assert_close(*feature_terms(encoder, x))
+    unclear = Clip(BLOCKS["PyTorch's attention"])
+    with pytest.raises(ValueError, match=r"stage 'blocks.0' has shape \(17, 17, 16\).*layout='sequence_first'"):
+        sfr.SFRWrapper(unclear, **options)(x)
+    stated = sfr.SFRWrapper(Clip(BLOCKS["PyTorch's attention"]), layout="sequence_first", **options)
+    torch.testing.assert_close(*feature_terms(stated, x))
+    assert stated.stage_views["blocks.1"] == View("sequence_first", 1, (4, 4))
+
+
+def test_tokens_with_the_batch_first_are_read_so_whatever_their_layers_say():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches = nn.Conv2d(3, 16, 4, 4)
+            self.blocks = nn.Sequential(*(Attention(16, order="batch first") for _ in range(2)))
+            self.fc = nn.Linear(16, 10)
+
+        def forward(self, x):
+            return self.fc(self.blocks(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+    for images in (6, 16, 32):
+        model = sfr.SFRWrapper(Net())
+        if images == 16:
+            with pytest.raises(ValueError, match="which of its first two axes is the batch"):
+                model(torch.randn(images, 3, 16, 16))
+        else:
+            torch.testing.assert_close(*feature_terms(model, torch.randn(images, 3, 16, 16)))
+            assert model.stage_views["blocks.0"] == View("tokens", 0, (4, 4))
+        model.unwrap()
+
+
+def test_a_layout_that_takes_images_for_tokens_is_an_error_that_names_the_right_one():
+    model = sfr.SFRWrapper(Clip(BLOCKS["PyTorch's attention"]), stages=r"blocks\..", layout="tokens", prefix_tokens=1)
+    with pytest.raises(ValueError, match=r"stage 'blocks.0' has shape \(17, 6, 16\).*state layout='sequence_first'"):
+        train(model, torch.randn(6, 3, 16, 16))
+    vit = VisionTransformer(32, 8, embed_dim=16, depth=2, num_heads=2, num_classes=10)
+    model = sfr.SFRWrapper(vit, stages=r"blocks\..", layout="sequence_first")
+    with pytest.raises(ValueError, match=r"stage 'blocks.0' has shape \(6, 17, 16\).*state layout='tokens'"):
+        train(model, torch.randn(6, 3, 32, 32))
+
+
+def test_a_tie_that_was_read_wrongly_is_an_error_at_the_next_batch_of_another_size():
+    model = sfr.SFRWrapper(Clip(BLOCKS["its own attention"]))
+    criterion = sfr.SFRLoss(model)
+    criterion(model(torch.randn(17, 3, 16, 16)), torch.arange(17) % 10)
+    with pytest.raises(ValueError, match=r"stage 'blocks.0' .*state layout='sequence_first'"):
+        criterion(model(torch.randn(5, 3, 16, 16)), torch.arange(5))
+
+
+def test_sequences_that_come_in_with_the_batch_second_are_read_so():
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.lstm = nn.Embedding(50, 16), nn.LSTM(16, 24)
+            self.fc = nn.Linear(24, 10)
+
+        def forward(self, words):
+            return self.fc(self.lstm(self.embedding(words))[0][-1])
+
+    for length, images in ((12, 5), (4, 8)):
+        model = sfr.SFRWrapper(Tagger())
+        logits = model(torch.randint(0, 50, (length, images)))
+        sfr.SFRLoss(model)(logits, torch.arange(images)).backward()
+        assert set(model.stage_views.values()) == {View("sequence_first")}
+        model.unwrap()
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (Part(lambda x: x.flatten(0, 1)[:13].unflatten(1, (4, -1))), r"stage 'body.1' has shape \(13, .* batch of 8"),
+        (Part(lambda x: torch.cat([x, x])), r"the stages are of different batches: 'body.0' of 8, 'body.1' of 16"),
+    ],
+)
+def test_a_stage_that_is_not_of_the_batch_of_the_logits_is_an_error_that_names_it(batch, stage, message):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.fc = nn.ModuleList([nn.Conv2d(3, 8, 3, padding=1), stage]), nn.Linear(8, 10)
+
+        def forward(self, x):
+            x = self.body[0](x)
+            self.body[1](x)
+            return self.fc(x.mean((2, 3)))
+
+    model = sfr.SFRWrapper(Net(), stages=["body.0", "body.1"])
+    with pytest.raises(ValueError, match=message):
+        train(model, batch[0])
+
+
+def test_logits_flattened_over_positions_and_images_folded_into_the_batch_are_no_errors():
+    class Net(nn.Module):
+        """Two frames an image, and a class for each position."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.fc = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.Linear(8, 10)
+
+        def forward(self, x):
+            return self.fc(self.second(self.first(x.flatten(0, 1))).unflatten(0, (-1, 2)).mean(1).movedim(1, -1))
+
+    model = sfr.SFRWrapper(Net(), stages=["first", "second"])
+    logits = model(torch.randn(4, 2, 3, 16, 16)).flatten(0, 2)
+    sfr.SFRLoss(model)(logits, torch.zeros(len(logits), dtype=torch.long)).backward()
