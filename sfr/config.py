@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
@@ -267,11 +268,19 @@ class SFRConfig:
         Raises:
             ValueError: if a key is no field.
         """
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ValueError(f"SFRConfig has no field {unknown}; it has {known}")
+        message = no_such_field(values)
+        if message:
+            raise ValueError(f"SFRConfig has no field {message}")
         return cls(**values)
+
+
+def no_such_field(names: Iterable[str], also: Iterable[str] = ()) -> str:
+    """Return what to say of the names that are no fields of :class:`SFRConfig`, nor among `also`; "" if all are."""
+    known = [*(field.name for field in fields(SFRConfig)), *also]
+    unknown = [name for name in names if name not in known]
+    near = [other for name in unknown for other in difflib.get_close_matches(str(name), known, n=3)]
+    hint = f"the near names {', '.join(map(repr, dict.fromkeys(near)))}" if near else ", ".join(map(repr, known))
+    return f"{unknown}; it has {hint}" if unknown else ""
 
 
 def _items(argument: str, value: object) -> tuple[Any, ...]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,10 @@ from sfr.nodes import Grid, View, as_map, common_grids, match_channels, spatial_
 from sfr.outputs import part_with_graph, the_logits
 from sfr.stages import check_batches, resolve_pairs
 from sfr.state import TensorState
+from sfr.warn import warn_user
 from sfr.wrapper import SFRWrapper
+
+Terms: TypeAlias = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 # How often the flag of non-finite features is read where that makes the host wait for the device.
 CHECK_EVERY = 100
@@ -48,6 +50,12 @@ JOINED = (
     "ranks (label statistics, past predictions, grouping='svd'), and the others would wait for it or fail. Give all "
     "ranks the same number of batches (DistributedSampler, Accelerate's loaders), or set smoothing='uniform' or 'none' "
     "where the model is wrapped"
+)
+
+EVALUATION = (
+    "the criterion was called for a model in evaluation mode: the loss is the plain one, and neither step nor label "
+    "statistics have moved. For a validation loss that is right, and criterion.eval() or torch.no_grad() says so. To "
+    "train in evaluation mode (frozen batch normalisation), wrap with SFRWrapper(model, record_in_eval=True)."
 )
 
 
@@ -104,14 +112,17 @@ class SFRLoss(TensorState):
     Segmentation needs nothing else: logits (B, K, H, W) and labels (B, H, W), of which those that are the
     configuration's ``ignore_index`` are left out. The feature term, without labels, is of the whole images.
 
-    Several forwards before one backward (crops of different sizes) need one call of the criterion after each.
+    Several forwards before one backward (crops of different sizes) need one call of the criterion after each. Several
+    calls with the very same logits, as for the two labels of MixUp, are one step: each has the same feature term, and
+    its labels count in the label statistics.
 
     `label_loss` takes the place of the label term, where that is not to be cross-entropy: for weighted classes, several
     labels an image, a regression, or (``lambda loss, _: loss``) a model that computes its loss itself, called as
     ``criterion(loss, None)``. The configuration's ``smoothing`` and all that belongs to it are then without effect.
 
-    In ``criterion.eval()``, under ``torch.no_grad()`` and inside ``model.disable()`` it is the plain cross-entropy, or
-    `label_loss` alone, for a validation loss that compares with other methods.
+    In ``criterion.eval()``, under ``torch.no_grad()``, inside ``model.disable()`` and, with a warning, of a model in
+    evaluation mode it is the plain cross-entropy, or `label_loss` alone, for a validation loss that compares with other
+    methods.
 
     A sample whose features are not finite has a feature term of zero, with one warning; training goes on. One warning
     says so if the feature term stays above a third of the loss for 50 steps. (The label term counts as its largest
@@ -185,6 +196,7 @@ class SFRLoss(TensorState):
         self._large_since: int | None = None
         self._largest_label = 0.0
         self._warned: set[str] = set()
+        self._label_step = 0
 
     @property
     def model(self) -> SFRWrapper:
@@ -248,20 +260,31 @@ class SFRLoss(TensorState):
         return loss * ((target != IGNORE_INDEX).sum() / num_items_in_batch)
 
     def _loss(self, output: Any, target: Any, index: Tensor | None) -> Tensor:
+        recorder = self._model._recorder
         if not self.training or not torch.is_grad_enabled() or self._model.disabled:
+            recorder.excuse()
+            return self._plain(output, target)
+        if not self._model._records and not recorder.recorded:
+            self._warn_once("evaluation", EVALUATION)
             return self._plain(output, target)
         if self._model._joining and self._exchanges():
             raise RuntimeError(JOINED)
         logits = the_logits(output) if self.label_loss is None else part_with_graph(output)
-        features = self._model.take_features(logits)
+        terms: Terms | None = recorder.result_again(logits, self)  # as for the two labels of MixUp
+        again = terms is not None
+        features = {} if again else self._model.take_features(logits)
+        self._label_step = self.labels.step = self._label_step if again else self.labels.step
         label = self.labels(logits, target, index) if self.label_loss is None else self._plain(output, target)
-        self.step += 1
+        self.step += not again
         weight = self.current_weight()
-        if weight == 0 or not logits.numel():  # an empty batch has no features to match
+        if terms is None:  # of an empty batch there are no features to match
+            terms = self._checked_terms(features, logits) if weight and logits.numel() else ({}, {})
+        if logits.ndim:  # a loss in the place of logits comes once
+            recorder.keep_result(logits, self, terms)
+        pairs, distances = terms
+        if not pairs:  # or the forward skipped the stages
             self.last = LossParts(label.detach(), torch.zeros_like(label.detach()), weight)
             return label
-        self._check_batches(features, logits)
-        pairs, distances = self._feature_terms(features)
         feature = torch.stack(list(pairs.values())).mean().to(label.device)
         if not feature.requires_grad:
             self._warn_once(
@@ -269,8 +292,8 @@ class SFRLoss(TensorState):
                 "all the supervised stages are frozen: the feature term takes time and trains nothing. Unfreeze them, "
                 "or train inside model.disable() as long as they are frozen.",
             )
-        terms = {name: term.detach() for name, term in pairs.items()}
-        self.last = LossParts(label.detach(), feature.detach(), weight, terms, distances or terms)
+        detached = {name: term.detach() for name, term in pairs.items()}
+        self.last = LossParts(label.detach(), feature.detach(), weight, detached, distances or detached)
         self._warn_of_a_large_share(self.last)
         return label + weight * feature
 
@@ -317,14 +340,15 @@ class SFRLoss(TensorState):
                 raise ValueError(f"stage {name!r} {error}") from None
         return self._views[name]
 
-    def _check_batches(self, features: dict[str, Tensor], logits: Tensor) -> None:
-        """Raise an error that names the stage whose output is not read as one of the batch of the logits."""
+    def _checked_terms(self, features: dict[str, Tensor], logits: Tensor) -> Terms:
+        """Return :meth:`_feature_terms`, once all stages are known to be of the batch of the logits."""
         outputs = {
             name: (tuple(feature.shape), self.view_of(name, feature).layout) for name, feature in features.items()
         }
         check_batches(outputs, len(logits) if self.label_loss is None else None)
+        return self._feature_terms(features)
 
-    def _feature_terms(self, features: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _feature_terms(self, features: dict[str, Tensor]) -> Terms:
         """Return the feature term of every pair, and where they are not the terms the distances for the log."""
         config, terms, distances = self.config, {}, {}
         for pair, shallow, deep, finite in self.matched_nodes(features):
@@ -347,8 +371,9 @@ class SFRLoss(TensorState):
             "shallow <- deep"; the nodes of the two, (B * G, N, C) and (B * G, M, C), G problems an image
             (:func:`sfr.nodes.match_channels`); and (B,), which images have finite features.
         """
-        config, names = self.config, list(features)
-        device = features[names[-1]].device  # of a model spread over several, where its last stage is
+        config, order = self.config, self._model._recorder.order
+        names = order if features.keys() <= set(order) else list(features)
+        device = next((each.device for each in reversed(features.values())), None)  # of a model spread over several
         maps = {name: self.map_of(name, feature) for name, feature in features.items()}
         shapes = {name: spatial_shape(*stage_map) for name, stage_map in maps.items()}
         pooled: dict[tuple[str, Grid], tuple[Tensor, Tensor]] = {}
@@ -359,6 +384,8 @@ class SFRLoss(TensorState):
             return pooled[name, grid]
 
         for i, j in resolve_pairs(config.pairs, names):
+            if names[i] not in features or names[j] not in features:
+                continue  # a stage that the forward skipped
             grids = common_grids(shapes[names[i]], shapes[names[j]], config.max_grid)
             shallow, shallow_finite = nodes_of(names[i], grids[0])
             deep, deep_finite = nodes_of(names[j], grids[1])
@@ -414,7 +441,7 @@ class SFRLoss(TensorState):
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(message, stacklevel=5)
+            warn_user(message)
 
     def tensor_state(self) -> dict[str, Tensor]:
         """Return the step; called by ``state_dict``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -115,6 +115,11 @@ class StageFinder:
     def _reader_of(self, *batches: int | None) -> Reader:
         known = dict.fromkeys(batch for batch in batches if batch is not None)
         return Reader(self._config, known, self._sightings, self._named)
+
+    @property
+    def called(self) -> Collection[str]:
+        """Names of the modules that were called."""
+        return self._calls.keys()
 
     def views(self, names: Iterable[str]) -> dict[str, View]:
         """Return how the output of each of these modules is read, as far as they were seen.

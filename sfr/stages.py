@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -51,6 +52,12 @@ def find_stages(model: nn.Module, stages: str | Sequence[str]) -> dict[str, nn.M
         if repeated:
             raise ValueError(f"stages must not be repeated; got {repeated} more than once")
         found = {name: modules[name] for name in stages}
+    for name, module in found.items():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"stage {name!r} is a ScriptModule, which takes no hooks: name a module around it, or wrap the model "
+                "before it is scripted"
+            )
     if len(found) < 2:
         raise ValueError(f"stages={stages!r} gives {len(found)} stage(s), two are needed. {HOW_TO_NAME}")
     return found

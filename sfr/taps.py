@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import weakref
 from collections import deque
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
@@ -12,9 +12,19 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sfr.outputs import feature_of
+from sfr.warn import warn_user
 
 # Training forwards in a row whose features nobody used, before a warning says so.
 UNUSED_UNTIL_WARNING = 10
+# Training forwards in a row in which a stage did not fire, before a warning names it: one that never has, and any.
+NEVER_FIRED_UNTIL_WARNING = 10
+SILENT_UNTIL_WARNING = 100
+
+WHY_SILENT = (
+    "the module was skipped, replaced after wrapping, its parent calls its parts or .forward() itself, or the model "
+    "was compiled before it was wrapped and it, or another of its class, had run. Leave it out of stages=[...], wrap "
+    "after the change, or wrap first and compile then (torch.compiler.reset() forgets what has run)."
+)
 
 
 class Tap:
@@ -39,14 +49,36 @@ class Recorder:
     def __init__(self) -> None:
         self.features: dict[str, Tensor] = {}
         self.unused: dict[str, Tensor] = {}
+        self.order: list[str] = []  # the stages from the shallowest on, as far as forwards have shown
+        self._owners: list[weakref.ref[object]] = []
+        self._recorded = False  # whether there is a forward to use, maybe one that skipped all stages
         self._recording = False
         self._unused_in_a_row = 0
+        self._excused = False
+        self._silent: dict[str, int] = {}
+        self._fired: set[str] = set()
+        self._watched = False
         self._handles: list[RemovableHandle] = []
         self._names: tuple[str, ...] = ()
+        self._result: tuple[weakref.ref[Tensor], weakref.ref[object], Any] | None = None
+
+    def belong_to(self, owner: object) -> None:
+        """Work for an owner; with the last one gone the taps come off."""
+        self._owners.append(weakref.ref(owner))
+        weakref.finalize(owner, self._retire).atexit = False
+
+    @property
+    def in_use(self) -> bool:
+        """Whether there is an owner that the features are for; not of a copy of the taps alone."""
+        return any(owner() is not None for owner in self._owners)
+
+    def _retire(self) -> None:
+        if not self.in_use:
+            self.detach()
 
     def attach(self, stages: Mapping[str, nn.Module]) -> None:
         """Put a tap on each stage."""
-        self._names = tuple(stages)
+        self._names, self.order = tuple(stages), list(stages)
         self._handles = [stage.register_forward_hook(Tap(name, self)) for name, stage in stages.items()]
 
     def detach(self) -> None:
@@ -58,19 +90,25 @@ class Recorder:
 
     def begin(self) -> None:
         """Start to record a new forward; features nobody used are set aside until the next ones are used."""
-        if not torch.compiler.is_compiling() and self.features:
-            self._note_unused()
+        if not torch.compiler.is_compiling():
+            if self.features and not self._excused:
+                self._note_unused()
+            self._excused = False
+            self._result = None
         self.unused, self.features = self.features, {}
-        self._recording = True
+        self._recording, self._recorded, self._watched = True, False, False
+
+    def excuse(self) -> None:
+        """Take note that the features are left unused on purpose."""
+        self._excused, self._unused_in_a_row = True, 0
 
     def _note_unused(self) -> None:
         """Count a forward whose features nobody has used; warn, once, of many in a row."""
         self._unused_in_a_row += 1
         if self._unused_in_a_row == UNUSED_UNTIL_WARNING:
-            warnings.warn(
+            warn_user(
                 f"the features of {UNUSED_UNTIL_WARNING} forwards in a row were not used: SFR has no effect unless "
-                "criterion = sfr.SFRLoss(model) takes the place of your loss. model.disable() trains without it.",
-                stacklevel=6,
+                "criterion = sfr.SFRLoss(model) takes the place of your loss. model.disable() trains without it."
             )
 
     def record(self, name: str, output: Any) -> None:
@@ -96,37 +134,83 @@ class Recorder:
         self.features[name] = feature_of(name, output)
 
     def end(self) -> None:
-        """Close the record.
+        """Close the record."""
+        self._recording, self._recorded = False, bool(self._names)
 
-        Raises:
-            RuntimeError: if a stage was not called.
-        """
-        self._recording = False
-        silent = [name for name in self._names if name not in self.features]
-        if silent:
-            self.features = {}
-            raise RuntimeError(
-                f"stage(s) {silent} did not fire in this forward: the module was skipped, replaced after wrapping, its "
-                "parent calls its parts or .forward() itself, or the model was compiled before it was wrapped and it, "
-                "or another of its class, had run. Leave it out of stages=[...], wrap after the change, or wrap first "
-                "and compile then (torch.compiler.reset() forgets what has run)."
+    def note_watched(self, features: dict[str, Tensor] | None = None) -> None:
+        """Take note that the last forward was watched, and take over the features found by that."""
+        self._watched = True
+        if features is not None:
+            self.features, self._recorded = features, True
+
+    def silent_stages(self) -> list[str]:
+        """Return the stages that did not fire in the last forward."""
+        return [name for name in self._names if name not in self.features]
+
+    def has_fired(self, name: str) -> bool:
+        """Whether a stage was recorded in a forward used before, other than a watched one, which runs eagerly."""
+        return name in self._fired
+
+    def _note_silence(self) -> None:
+        """Count the forwards in which a stage did not fire, as layers dropped at random do; warn, once, of many."""
+        fired = iter(self.features)
+        self.order = [next(fired) if name in self.features else name for name in self.order]
+        if not self._watched:
+            self._fired.update(self.features)
+        for name in self._names:
+            self._silent[name] = 0 if name in self.features else self._silent.get(name, 0) + 1
+        for most, fired_before in ((NEVER_FIRED_UNTIL_WARNING, False), (SILENT_UNTIL_WARNING, True)):
+            names = [name for name, count in self._silent.items() if count == most]
+            self._warn_of_silence([name for name in names if (name in self._fired) == fired_before], most)
+
+    @staticmethod
+    def _warn_of_silence(names: list[str], forwards: int) -> None:
+        if names:
+            warn_user(
+                f"stage(s) {names} did not fire in {forwards} forwards in a row, and the pairs with them are left out: "
+                f"{WHY_SILENT}"
             )
 
     def abort(self) -> None:
         """Stop recording and forget all features."""
-        self._recording = False
-        self.features, self.unused = {}, {}
+        self._recording = self._recorded = False
+        self.features, self.unused, self._result = {}, {}, None
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the features of a forward can be taken, which may be none if it skipped all stages."""
+        return self._recorded
 
     def take(self, logits: Tensor) -> dict[str, Tensor] | None:
         """Hand over the features and forget them; None if the logits come from another forward, even in part."""
+        self._note_silence()
         features, unused = self.features, self.unused
         self.features, self.unused = {}, {}
+        self._recorded = False
         self._unused_in_a_row = 0
         return features if computed_from(logits, features, unused) else None
 
+    def keep_result(self, logits: Tensor, user: object, result: Any) -> None:
+        """Keep what was made of the features until the logits are gone or the next forward begins."""
+        recorder = weakref.ref(self)
+
+        def forget(reference: weakref.ref[Tensor]) -> None:
+            owner = recorder()
+            if owner is not None and owner._result is not None and owner._result[0] is reference:
+                owner._result = None
+
+        self._result = weakref.ref(logits, forget), weakref.ref(user), result
+
+    def result_again(self, logits: Tensor, user: object) -> Any:
+        """Return what the same user made of the features, if these very logits come again; else None."""
+        if self._result is None or self._result[0]() is not logits or self._result[1]() is not user:
+            return None
+        return self._result[2]
+
     def __getstate__(self) -> dict[str, Any]:
         # Features belong to one autograd graph: they can neither be copied nor pickled, and a copy has no use for them.
-        return self.__dict__ | {"features": {}, "unused": {}, "_recording": False}
+        nothing: dict[str, Any] = {"features": {}, "unused": {}, "_result": None, "_owners": []}
+        return self.__dict__ | nothing | {"_recording": False, "_recorded": False}
 
 
 def computed_from(logits: Tensor, features: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:

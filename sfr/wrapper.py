@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import gc
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sfr.compiling import eager
-from sfr.config import SFRConfig
+from sfr.config import SFRConfig, no_such_field
 from sfr.discovery import StageFinder
 from sfr.nodes import View
+from sfr.sightings import ancestors
 from sfr.stages import find_stages
-from sfr.taps import Recorder, Tap
+from sfr.taps import NEVER_FIRED_UNTIL_WARNING, WHY_SILENT, Recorder, Tap
 
 if TYPE_CHECKING:
     from sfr.report import Report
@@ -44,13 +46,15 @@ class SFRWrapper(nn.Module):
     Args:
         model: any ``nn.Module``; wrap it before DDP, FSDP or ``accelerator.prepare``, before or after
             ``torch.compile``.
-        config: the switches; default ``SFRConfig()``.
+        config: the switches, or a mapping of some of them; default ``SFRConfig()``.
         example_input: arguments for one forward in evaluation mode without gradient: a tensor, a tuple of
             positional or a dict of keyword arguments.
+        record_in_eval: record forwards in evaluation mode, too, if they are with gradient, for training with frozen
+            batch normalisation; a validation loss then needs ``criterion.eval()`` or ``torch.no_grad()``.
         **overrides: fields of :class:`sfr.SFRConfig` that replace those of `config`.
 
     Raises:
-        TypeError: if `model` is no ``nn.Module``, or for an override that is no field of the configuration.
+        TypeError: if `model` is no ``nn.Module``, `config` no configuration, or for an override that is no field of it.
         ValueError: if the model is wrapped already or holds an ``nn.DataParallel`` over several GPUs, or a stage is
             unknown, or there are fewer than two.
 
@@ -68,27 +72,33 @@ class SFRWrapper(nn.Module):
     _recorder: Recorder
     _stage_names: tuple[str, ...] | None
     _views: dict[str, View] | None
+    _watches: int
     _disabled: bool
     _joining: bool
+    _record_in_eval: bool
     # Tells Hugging Face's Trainer that the forward takes no arguments but the model's: the loss is not computed there.
     accepts_loss_kwargs = False
 
     def __init__(
         self,
         model: nn.Module,
-        config: SFRConfig | None = None,
+        config: SFRConfig | Mapping[str, Any] | None = None,
         *,
         example_input: Any = None,
+        record_in_eval: bool = False,
         **overrides: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+        if isinstance(model, torch.jit.ScriptModule):
+            raise TypeError("the model is a ScriptModule, which takes no hooks; wrap it before it is scripted")
         for name, module in model.named_modules():
             if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
                 raise ValueError(f"{NO_DATA_PARALLEL} It is at {name or 'the root'!r} of the model")
-            tapped = any(isinstance(hook, Tap) for hook in module._forward_hooks.values())
-            if isinstance(module, SFRWrapper) or tapped:
-                raise ValueError(f"the model is wrapped already (at {name or 'its root'!r}); call unwrap() first")
+            if isinstance(module, SFRWrapper) or _is_tapped(module):
+                raise ValueError(
+                    f"the model is wrapped already (at {name or 'its root'!r}); call unwrap() on that wrapper first"
+                )
         super().__init__()
         self._parameters = model._parameters
         self._buffers = model._buffers
@@ -97,10 +107,12 @@ class SFRWrapper(nn.Module):
         self.training = model.training
         # Past nn.Module's own __setattr__, which would make the model a submodule of itself.
         object.__setattr__(self, "_model", model)
-        self._config = dataclasses.replace(config or SFRConfig(), **overrides)
+        self._config = _configuration(config, overrides)
+        self._record_in_eval = record_in_eval
         self._recorder = Recorder()
+        self._recorder.belong_to(self)
         self._stage_names = None
-        self._views = None
+        self._views, self._watches = None, 0
         self._disabled = False
         self._joining = False
         if self._config.stages is not None:
@@ -132,14 +144,26 @@ class SFRWrapper(nn.Module):
         if not torch.compiler.is_compiling():
             # Of DDP inside model.join(), which the criterion cannot see by itself.
             self._joining = _is_joining()
-        if self._disabled or not self._model.training or not torch.is_grad_enabled():
+        if self._disabled or not self._records or not torch.is_grad_enabled():
             self._recorder.abort()
             return self._model(*args, **kwargs)
-        named = self._stage_names is not None
-        if self._views is None and not (named and torch.compiler.is_compiling()):
+        if self._is_to_be_watched():
             # PyTorch's error shows the next line, with its hint, if torch.compile must not leave the graph.
             return self._discovering_forward(*args, **kwargs)  # with fullgraph=True pass example_input= or stages=
         return self._recorded_forward(*args, **kwargs)
+
+    def _is_to_be_watched(self) -> bool:
+        """Whether the stages are unknown, or how their outputs are read; of those that were skipped, not for ever."""
+        if torch.compiler.is_compiling():
+            return self._views is None and self._stage_names is None
+        if self._views is None:
+            return True
+        return self._watches < NEVER_FIRED_UNTIL_WARNING and len(self._views) < len(self._stage_names or ())
+
+    @property
+    def _records(self) -> bool:
+        """Whether the model is in a mode in which forwards with gradient are recorded."""
+        return self._model.training or self._record_in_eval
 
     def _recorded_forward(self, *args: Any, **kwargs: Any) -> Any:
         self._recorder.begin()
@@ -149,7 +173,31 @@ class SFRWrapper(nn.Module):
             self._recorder.abort()
             raise
         self._recorder.end()
+        if not torch.compiler.is_compiling():
+            self._check_silence()
         return output
+
+    def _check_silence(self, called: Collection[str] = ()) -> None:
+        """Raise an error that names the stages that did not fire and never will, as far as can be told.
+
+        Args:
+            called: names of the modules that were called in the forward, if it was watched.
+        """
+        lost = [name for name in self._recorder.silent_stages() if name not in called and self._is_lost(name, called)]
+        if lost:
+            self._recorder.abort()
+            raise RuntimeError(f"stage(s) {lost} did not fire in this forward: {WHY_SILENT}")
+
+    def _is_lost(self, name: str, called: Collection[str]) -> bool:
+        """Whether a stage that did not fire was replaced, run in parts, or compiled before it was tapped."""
+        modules = dict(self._model.named_modules())
+        hooks = modules[name]._forward_hooks.values() if name in modules else ()
+        if not any(isinstance(hook, Tap) and hook.recorder is self._recorder for hook in hooks):
+            return True
+        if called:
+            return any(name in ancestors(part) for part in called)
+        around = (modules[outer] for outer in ("", name, *ancestors(name)) if outer in modules)
+        return not self._recorder.has_fired(name) and any(map(_is_compiled, around))
 
     def take_features(self, logits: Tensor) -> dict[str, Tensor]:
         """Hand over the features of the last training forward, in forward order, and forget them.
@@ -160,12 +208,12 @@ class SFRWrapper(nn.Module):
         Raises:
             RuntimeError: if there are none, or the logits come from another forward, even in part.
         """
-        if not self._recorder.features:
+        if not self._recorder.recorded:
             raise RuntimeError(
                 "no features are recorded. The criterion needs a forward of the wrapped model (not of the plain or "
-                "unwrapped one) in training mode and with gradient just before it, and uses its features once: call it "
-                "once, with mixed targets (MixUp, CutMix), and not for each of two labels. For a validation loss call "
-                "criterion.eval(), or compute it under torch.no_grad()."
+                "unwrapped one) in training mode and with gradient just before it. It may be called again, as for the "
+                "two labels of MixUp, only with the very same logits and before the next forward. For a validation "
+                "loss call criterion.eval(), or compute it under torch.no_grad()."
             )
         features = self._recorder.take(logits)
         if features is None:
@@ -211,9 +259,10 @@ class SFRWrapper(nn.Module):
         named = self._stage_names is not None
         with StageFinder(self._model, self._config, self._stage_names or (), keep=True) as finder:
             output = self._recorded_forward(*args, **kwargs) if named else self._model(*args, **kwargs)
+        if named:
+            self._check_silence(finder.called)
         features = self._learn_from(finder)
-        if not named:
-            self._recorder.features = features
+        self._recorder.note_watched(None if named else features)
         return output
 
     def _learn_from(self, finder: StageFinder) -> dict[str, Tensor]:
@@ -221,7 +270,8 @@ class SFRWrapper(nn.Module):
         found = finder.found() if self._stage_names is None else {}
         if found:
             self._tap({name: stage.module for name, stage in found.items()})
-        self._views = finder.views(self._stage_names or ())
+        self._views = (self._views or {}) | finder.views(self._stage_names or ())
+        self._watches += 1
         return {name: stage.feature for name, stage in found.items() if stage.feature is not None}
 
     def _discover_from(self, example_input: Any) -> None:
@@ -234,6 +284,7 @@ class SFRWrapper(nn.Module):
         finally:
             for module, mode in modes:
                 module.training = mode
+        self._check_silence(finder.called)
         self._learn_from(finder)
 
     # What follows makes the wrapper indistinguishable from the model to the code around it.
@@ -248,6 +299,10 @@ class SFRWrapper(nn.Module):
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self._model.load_state_dict(*args, **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._recorder.belong_to(self)
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         # nn.DataParallel would go on to put the parts of its copies into the model itself.
@@ -272,6 +327,39 @@ class SFRWrapper(nn.Module):
             super().__delattr__(name)
         else:
             delattr(self._model, name)
+
+
+def _configuration(config: object, overrides: dict[str, Any]) -> SFRConfig:
+    """Return a configuration with some fields replaced."""
+    if isinstance(config, Mapping):
+        config = SFRConfig.from_dict(config)
+    if config is None:
+        config = SFRConfig()
+    if not isinstance(config, SFRConfig):
+        raise TypeError(
+            f"config must be an SFRConfig or a mapping of its fields; got {type(config).__name__}. Single fields are "
+            "given by name, as in SFRWrapper(model, weight=0.1), and an input as example_input="
+        )
+    message = no_such_field(overrides, also=("example_input", "record_in_eval"))
+    if message:
+        raise TypeError(f"SFRWrapper has no argument {message}")
+    return dataclasses.replace(config, **overrides)
+
+
+def _is_tapped(module: nn.Module) -> bool:
+    """Whether a wrapper that is still in use taps a module; the taps of one that is gone are taken off."""
+    taps = {key: hook for key, hook in module._forward_hooks.items() if isinstance(hook, Tap)}
+    if any(hook.recorder.in_use for hook in taps.values()):
+        gc.collect()  # the wrapper may be gone but for a cycle, as with a traceback
+    for key, hook in taps.items():
+        if not hook.recorder.in_use:
+            module._forward_hooks.pop(key, None)
+    return any(hook.recorder.in_use for hook in taps.values())
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether a module was compiled, in place or as the inner one of what ``torch.compile`` returns."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
 def split_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

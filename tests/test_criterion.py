@@ -1,5 +1,6 @@
 """The criterion is label term + weight(t) * feature term, and says so when it cannot be."""
 
+import copy
 import warnings
 
 import pytest
@@ -160,12 +161,56 @@ def test_no_forward_before_the_criterion_is_an_error(build, batch):
         criterion(torch.randn(8, 10, requires_grad=True), batch[1])
 
 
-def test_an_evaluation_forward_before_the_criterion_is_an_error_that_says_what_to_do(build, batch):
+def test_logits_of_an_evaluation_forward_given_in_training_mode_are_an_error_that_says_what_to_do(build, batch):
     model, criterion = build()
     model(batch[0])  # features of an older forward must not be used instead
     logits = model.eval()(batch[0])
+    model.train()
     with pytest.raises(RuntimeError, match=r"training mode.*criterion\.eval\(\)"):
         criterion(logits, batch[1])
+
+
+def test_a_validation_with_gradient_is_the_plain_loss_and_warns_once(build, batch):
+    model, criterion = build()
+    criterion(model(batch[0]), batch[1])
+    before = copy.deepcopy(criterion.state_dict())
+    model(batch[0])  # and is left unused
+    model.eval()
+    with pytest.warns(UserWarning, match=r"evaluation mode.*SFRWrapper\(model, record_in_eval=True\)") as caught:
+        losses = [
+            criterion(logits, batch[1]) - F.cross_entropy(logits, batch[1]) for logits in map(model, [batch[0]] * 3)
+        ]
+    assert losses == [0, 0, 0]
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    torch.testing.assert_close(criterion.state_dict(), before)
+    criterion(model.train()(batch[0]), batch[1])
+    assert criterion.step == 2
+
+
+def test_a_model_may_be_trained_in_evaluation_mode_if_the_wrapper_is_told(build, batch):
+    model, criterion = build(record_in_eval=True)
+    losses = []
+    for mode in (True, False):
+        model.train(mode)
+        losses.append(criterion(model(batch[0]), batch[1]))
+        assert criterion.last.feature > 0
+    assert criterion.step == 2
+    with torch.no_grad():
+        assert criterion(model(batch[0]), batch[1]) == F.cross_entropy(model(batch[0]), batch[1])
+
+
+def test_an_evaluated_criterion_is_no_unused_wrapper(build, batch):
+    model, criterion = build()
+    criterion.eval()
+    for _ in range(30):
+        criterion(model(batch[0]), batch[1])
+    criterion.train()
+    for _ in range(30):
+        with torch.no_grad():
+            criterion(model(batch[0]), batch[1])
+        with model.disable():
+            criterion(model(batch[0]), batch[1])
 
 
 def test_logits_of_another_batch_are_an_error(build, batch):
@@ -180,14 +225,6 @@ def test_detached_logits_are_an_error(build, batch):
     model, criterion = build()
     with pytest.raises(RuntimeError, match="do not come from the last training forward"):
         criterion(model(batch[0]).detach(), batch[1])
-
-
-def test_features_serve_one_loss_only(build, batch):
-    model, criterion = build()
-    logits = model(batch[0])
-    criterion(logits, batch[1])
-    with pytest.raises(RuntimeError, match=r"uses its features once.*with mixed targets \(MixUp, CutMix\)"):
-        criterion(logits, batch[1])
 
 
 @pytest.fixture

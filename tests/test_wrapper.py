@@ -165,6 +165,16 @@ def test_a_wrapper_without_its_criterion_warns_once(net, batch):
     assert "criterion = sfr.SFRLoss(model) takes the place of your loss" in message
 
 
+def test_the_warning_of_unused_features_points_to_the_users_line(make_net, batch):
+    plain = sfr.SFRWrapper(make_net())
+    for model in (plain, nn.DataParallel(sfr.SFRWrapper(make_net()))):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(20):
+                model(batch[0])
+        assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_an_example_input_leaves_mode_buffers_and_random_state_alone():
     plain = models.resnet18(num_classes=3)
     plain.layer1.eval()
@@ -359,3 +369,99 @@ def test_a_stage_that_does_not_fire_is_an_error_that_names_it(net, batch):
     setattr(model, "3", nn.ReLU())
     with pytest.raises(RuntimeError, match=r"\['3'\] did not fire"):
         model(batch[0])
+
+
+def test_a_model_is_wrapped_again_once_its_wrapper_is_gone(net, batch):
+    def wrap(**options):
+        model = sfr.SFRWrapper(net, **options)
+        criterion = sfr.SFRLoss(model)
+        criterion(model(batch[0]), batch[1])
+
+    for options in ({}, {"stages": ["1", "3"]}, {"example_input": batch[0]}):
+        wrap(**options)
+        assert not hooks_of(net)
+    model = sfr.SFRWrapper(net)
+    sfr.SFRLoss(model)(model(batch[0]), batch[1]).backward()
+    with pytest.raises(ValueError, match="wrapped already"):
+        sfr.SFRWrapper(net)
+    assert len(hooks_of(net)) == 3
+    del model
+    assert not hooks_of(net)
+
+
+def test_a_wrapper_kept_by_a_cycle_alone_is_gone(net, batch):
+    model = sfr.SFRWrapper(net, stages=["1", "3"])
+    cycle = [model]
+    cycle.append(cycle)
+    del model, cycle
+    model = sfr.SFRWrapper(net, stages=["3", "5"])
+    model(batch[0])
+    assert list(features_of(model)) == ["3", "5"]
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["copy", "pickle"])
+def test_a_copy_of_the_plain_model_can_be_wrapped(net, batch, way):
+    model = sfr.SFRWrapper(net, example_input=batch[0])
+    twin = way(net)
+    twin(batch[0])
+    other = sfr.SFRWrapper(twin, example_input=batch[0])
+    assert len(hooks_of(twin)) == 3
+    other(batch[0])
+    assert len(features_of(other)) == 3
+    assert not features_of(model)
+    with pytest.raises(ValueError, match="wrapped already"):
+        sfr.SFRWrapper(net)
+
+
+def test_a_copy_of_a_wrapper_outlives_it(net, batch):
+    model = sfr.SFRWrapper(net, stages=["1", "3"])
+    deep, shallow = copy.deepcopy(model), copy.copy(model)
+    del model
+    for twin in (deep, shallow):
+        sfr.SFRLoss(twin)(twin(batch[0]), batch[1]).backward()
+    del shallow, twin
+    assert not hooks_of(net)
+
+
+def test_a_scripted_module_is_no_stage_and_disturbs_none(batch):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3, 2)
+            self.scripted = scripted(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()))
+            self.head = nn.Linear(16, 10)
+
+        def forward(self, x):
+            return self.head(self.scripted(self.second(self.first(x))).mean((2, 3)))
+
+    for options in ({}, {"stages": ["first", "second"]}, {"example_input": batch[0]}):
+        model = sfr.SFRWrapper(Net(), **options)
+        sfr.SFRLoss(model)(model(batch[0]), batch[1]).backward()
+        assert model.stage_names == ("first", "second")
+    for name in ("scripted", "scripted.0"):
+        with pytest.raises(ValueError, match=rf"stage '{name}' is a ScriptModule.*before it is scripted"):
+            sfr.SFRWrapper(Net(), stages=["first", name])
+    with pytest.raises(TypeError, match=r"the model is a ScriptModule.*before it is scripted"):
+        sfr.SFRWrapper(scripted(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())))
+
+
+def scripted(module):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scripting is deprecated
+        return torch.jit.script(module)
+
+
+def test_a_misspelled_option_is_an_error_with_the_near_name(net):
+    with pytest.raises(TypeError, match=r"SFRWrapper has no argument \['wieght'\]; it has the near names 'weight'"):
+        sfr.SFRWrapper(net, wieght=0.1)
+    with pytest.raises(TypeError, match=r"\['exampel_input'\]; it has the near names 'example_input'"):
+        sfr.SFRWrapper(net, exampel_input=torch.zeros(1))
+
+
+def test_a_mapping_of_switches_is_a_configuration_and_nothing_else_is(net, batch):
+    assert sfr.SFRWrapper(net, {"weight": 0.1}, warmup=3).sfr_config == sfr.SFRConfig(weight=0.1, warmup=3)
+    with pytest.raises(ValueError, match=r"SFRConfig has no field \['wieght'\]; it has the near names 'weight'"):
+        sfr.SFRWrapper(net, {"wieght": 0.1})
+    for other in (batch[0], 0.1, ["1", "3"]):
+        with pytest.raises(TypeError, match=rf"config must be .*; got {type(other).__name__}.*example_input="):
+            sfr.SFRWrapper(net, other)

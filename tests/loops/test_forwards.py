@@ -1,7 +1,12 @@
 """Several forwards for one step, and stages that are shared, repeated or written into."""
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import sfr
@@ -160,3 +165,80 @@ def test_integer_inputs_and_a_frozen_stage_train(batch):
     criterion(model(torch.randint(0, 50, (8, 6))), batch[1]).backward()
     assert criterion.last.feature > 0
     assert net[1].weight.grad.abs().sum() > 0
+
+
+def test_each_of_two_labels_for_the_same_logits_is_one_loss_with_mixed_targets(model, batch):
+    criterion = sfr.SFRLoss(model)
+    first, second = batch[1], batch[1].roll(1)
+    logits = model(batch[0])
+    mixed = criterion(logits, 0.3 * F.one_hot(first, 10).float() + 0.7 * F.one_hot(second, 10).float())
+    expected = gradients(model, mixed)
+    logits = model(batch[0])
+    loss = 0.3 * criterion(logits, first) + 0.7 * criterion(logits, second)
+    torch.testing.assert_close(loss, mixed)
+    torch.testing.assert_close(gradients(model, loss), expected)
+    assert criterion.step == 2
+    assert criterion.last.feature > 0
+
+
+def test_the_two_labels_share_a_step_of_every_schedule_and_both_count(make_net, batch):
+    model = sfr.SFRWrapper(make_net(), warmup=10, alpha=0.0, alpha_end=1.0, alpha_steps=10, example_input=batch[0])
+    criterion = sfr.SFRLoss(model)
+    for step in range(1, 4):
+        logits = model(batch[0])
+        predicted = logits.argmax(dim=1)
+        for label in (predicted, predicted.roll(1)):
+            criterion(logits, label)
+            assert criterion.step == criterion.labels.step == step
+            assert criterion.last.weight == pytest.approx(0.2 * step / 10)
+    assert criterion.labels.counts.sum() >= 3 * 8
+
+
+def test_the_same_logits_after_another_forward_are_an_error(model, batch):
+    criterion = sfr.SFRLoss(model)
+    logits = model(batch[0])
+    criterion(logits, batch[1])
+    model(batch[0])
+    with pytest.raises(RuntimeError, match="do not come from the last training forward"):
+        criterion(logits, batch[1])
+    with pytest.raises(RuntimeError, match="only with the very same logits and before the next forward"):
+        criterion(logits, batch[1])
+
+
+def test_other_logits_of_the_same_forward_and_another_criterion_get_no_features_twice(model, batch):
+    criterion, other = sfr.SFRLoss(model), sfr.SFRLoss(model)
+    logits = model(batch[0])
+    criterion(logits, batch[1])
+    for again in (lambda: criterion(logits * 2, batch[1]), lambda: other(logits, batch[1])):
+        with pytest.raises(RuntimeError, match="no features are recorded"):
+            again()
+
+
+@pytest.mark.parametrize("backward", [True, False])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_nothing_is_kept_once_loss_and_logits_are_gone(model, batch, calls, backward):
+    criterion = sfr.SFRLoss(model)
+    logits = model(batch[0])
+    features = [weakref.ref(feature) for feature in model._recorder.features.values()]
+    loss = sum(criterion(logits, batch[1]) for _ in range(calls))
+    assert not model._recorder.features
+    gc.disable()
+    try:
+        if backward:
+            loss.backward()
+            assert not any(feature() is not None for feature in features)  # with the logits still there
+        del loss, logits
+        assert model._recorder._result is None
+        assert not any(feature() is not None for feature in features)
+    finally:
+        gc.enable()
+
+
+def test_a_copy_between_the_two_labels_has_nothing_of_the_original(model, batch):
+    criterion = sfr.SFRLoss(model)
+    logits = model(batch[0])
+    criterion(logits, batch[1])
+    _, twin = copy.deepcopy((model, criterion))
+    with pytest.raises(RuntimeError, match="no features are recorded"):
+        twin(logits, batch[1])
+    criterion(logits, batch[1]).backward()
