@@ -30,6 +30,7 @@ import torchvision
 from torch import Tensor, nn
 
 import sfr
+from sfr.outputs import logits_in
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -221,9 +222,8 @@ def smallest_input(model: nn.Module, group: str) -> Tensor:
 
 def logits_of(output: Any) -> Tensor:
     """Return the logits of a batch, (B, K): auxiliary ones are left out, those of pixels or tokens averaged."""
-    if isinstance(output, dict):
-        output = output["out"]
-    logits: Tensor = output[0] if isinstance(output, tuple) else output
+    logits = logits_in(output)
+    assert logits is not None  # all of these models return some
     if logits.ndim == 3:
         return logits.mean(dim=1)
     return logits.flatten(2).mean(dim=2) if logits.ndim > 3 else logits

@@ -499,6 +499,10 @@ def test_a_detector_of_torchvision_trains_with_its_own_losses():
     criterion(sum(model([image, image], [target, target]).values()), None).backward()
     assert len(criterion.last.pairs) == 3
     assert criterion.last.feature > 0
+    of_the_losses = sfr.SFRLoss(model, label_loss=lambda losses, _: sum(losses.values()))
+    of_the_losses(model([image, image], [target, target]), None).backward()
+    assert of_the_losses.last.label.isfinite()
+    assert of_the_losses.last.feature > 0
 
 
 def test_auxiliary_logits_are_refused_with_the_way_out(segmentation_batch):
