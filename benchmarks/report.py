@@ -34,11 +34,14 @@ BEGIN = "<!-- from here to the end mark, benchmarks/report.py writes -->"
 END = "<!-- end of what benchmarks/report.py writes -->"
 
 BASE, OURS = "vanilla", "sfr"
-FEATURES = "sfr@smoothing=none"
-PAST = "sfr@smoothing=past,alpha=0,alpha_end=0.8"
+SMOOTHED = "sfr@smoothing=class_mean"
+# The default up to here, and its parts: most of what has been measured.
+EARLIER = "sfr@cost=sqeuclidean,weight=0.2,smoothing=class_mean"
+FEATURES = "sfr@cost=sqeuclidean,weight=0.2"
+PAST = "sfr@smoothing=past,alpha=0,alpha_end=0.8,cost=sqeuclidean,weight=0.2"
 # By the size of the images: vanilla for as long as sfr takes.
 LONGER = {32: "vanilla-longer@factor=1.02", 16: "vanilla-longer@factor=1.1"}
-RIVALS = {OURS: "sfr", PAST: "sfr with past predictions"}
+RIVALS = {OURS: "sfr", EARLIER: "the earlier default", PAST: "the earlier default with past predictions"}
 PEERS = {
     BASE: "vanilla",
     LONGER[32]: "vanilla, 2 % longer",
@@ -52,23 +55,26 @@ PEERS = {
     "byot": "BYOT",
     "tfd": "TFD",
     "cutmix": "CutMix",
-    FEATURES: "**sfr's features** alone",
     OURS: "**sfr**",
-    PAST: "**sfr**, past predictions",
-    "sfr-cutmix": "**sfr + CutMix**",
+    SMOOTHED: "**sfr**, class means",
+    EARLIER: "**sfr**, earlier default",
+    FEATURES: "**sfr**, earlier default's features alone",
+    PAST: "**sfr**, earlier default with past predictions",
+    "sfr-cutmix@cost=sqeuclidean,weight=0.2,smoothing=class_mean": "**sfr**, earlier default + CutMix",
 }
 LADDER = {
     BASE: "vanilla",
     "tfd@weight=0.2,max_grid=4": "plain l2, channel to channel",
-    "sfr@grouping=crop,smoothing=none": "EMD-l2, channel to channel",
+    "sfr@grouping=crop,cost=sqeuclidean,weight=0.2": "EMD-l2, channel to channel",
     "tfd@weight=0.2,max_grid=4,grouping=mean": "plain l2, many to one (mean)",
     FEATURES: "EMD-l2, many to one (mean)",
-    "sfr@grouping=segments,smoothing=none": "EMD-l2, many to one (segments)",
-    "sfr@weight=0": "dynamic label smoothing alone",
-    OURS: "**sfr**: all of it",
-    PAST: "the same with past predictions in the place of class means",
+    "sfr@grouping=segments,cost=sqeuclidean,weight=0.2": "EMD-l2, many to one (segments)",
+    "sfr@weight=0,cost=sqeuclidean,smoothing=class_mean": "dynamic label smoothing alone",
+    EARLIER: "**sfr**, earlier default: both",
+    PAST: "the same with past predictions instead of class means",
+    OURS: "**sfr**: cosine, many to one (mean)",
     "cutmix": "CutMix",
-    "sfr-cutmix": "**sfr + CutMix**",
+    "sfr-cutmix@cost=sqeuclidean,weight=0.2,smoothing=class_mean": "**sfr**, earlier default + CutMix",
 }
 # Of which README and plot show the test part, in this order.
 MAIN_SCHEDULES = ("full-200", "tenth-16px", "tenth", "full-30-16px", "full-30")
