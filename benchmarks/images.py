@@ -19,8 +19,8 @@ from small_sets import SMALL_SOURCES, load_small  # noqa: E402
 from whole_file import replace_file  # noqa: E402
 
 SOURCES = CIFAR_SOURCES | SMALL_SOURCES
-HELD_OUT = 0.1  # of CIFAR's 50,000 training images, for every choice that is made
-HELD_OUT_SMALL = 0.2  # of a small data set
+HELD_OUT = 5000  # of CIFAR's 50,000 training images, for every choice that is made
+HELD_OUT_SMALL = 0.2  # of the training images of a small data set
 POLICY_GROUP = 8  # images that share one draw of AutoAugment
 
 
@@ -39,7 +39,8 @@ def load_parts(dataset: str, data_dir: Path | None, cache: Path, part: str) -> P
     train, test = (Labelled(*split) for split in torch.load(decoded(dataset, data_dir, cache)))
     if part == "test":
         return Parts(train, test)
-    return Parts(*hold_out(train, HELD_OUT_SMALL if dataset in SMALL_SOURCES else HELD_OUT))
+    share = HELD_OUT_SMALL if dataset in SMALL_SOURCES else HELD_OUT / len(train.labels)
+    return Parts(*hold_out(train, share))
 
 
 def decoded(dataset: str, data_dir: Path | None, cache: Path) -> Path:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfr.config import Cost, Marginals, Reduction, Solver, check_choice
-from sfr.transport import emd, solve
+from sfr.transport import solve
 
 
 def emd_l2(
@@ -36,8 +36,9 @@ def emd_l2(
         deep: nodes, shape (B, M, C), floating.
         cost: "sqeuclidean", the squared l2 distance as a mean over channels (scale of ``F.mse_loss``); "cosine",
             ``1 - cos``, in [0, 2]; or "correlation", the same of nodes centred over their channels, which neither
-            scale nor a common offset of the channels (as of features after a ReLU) changes. In both the cosine of
-            nodes shorter than a thousandth of the root mean square length of their set goes to 0.
+            scale nor a common offset of the channels (as of features after a ReLU) changes. Both are computed as half
+            the squared distance of nodes of unit length, in which nodes shorter than a thousandth of the root mean
+            square length count as zero vectors, the more the shorter they are.
         marginals: "uniform" or "cross", DeepEMD's cross-reference weights ``relu(<s_p, mean_q d_q>) + 1e-3``,
             normalised, without gradient.
         solver: see :func:`sfr.transport.solve`.
@@ -73,12 +74,13 @@ def emd_l2(
             # Squares of very large and very small features become representable, and no angle changes.
             shallow, deep = (side / root_mean_square(side) for side in (shallow, deep))
         a, b = cross_reference(shallow, deep) if marginals == "cross" else (None, None)
-        if cost == "sqeuclidean":
-            value = _SquaredTransport.apply(shallow, deep, a, b, solver)
-        else:
-            if cost == "correlation":
-                shallow, deep = (side - side.mean(dim=2, keepdim=True) for side in (shallow, deep))
-            value, _ = emd(_cosine_cost(shallow, deep), a, b, solver)
+        if cost == "correlation":
+            shallow, deep = (side - side.mean(dim=2, keepdim=True) for side in (shallow, deep))
+        if cost != "sqeuclidean":
+            shallow, deep = unit_length(shallow), unit_length(deep)
+        value = _SquaredTransport.apply(shallow, deep, a, b, solver)
+        if cost != "sqeuclidean":
+            value = value * (shallow.shape[2] / 2)  # half the squared distance of unit vectors is 1 - cos
     return value.mean() if reduction == "mean" else value
 
 
@@ -140,10 +142,13 @@ def _squared_cost(shallow: Tensor, deep: Tensor) -> Tensor:
     return cost.clamp_min_(0.0)
 
 
-def _cosine_cost(shallow: Tensor, deep: Tensor) -> Tensor:
-    # Of a node that is almost zero the direction is noise, and its gradient would have no bound.
-    eps = 1e-3 * shallow.shape[2] ** 0.5
-    return 1.0 - F.normalize(shallow, dim=2, eps=eps) @ F.normalize(deep, dim=2, eps=eps).transpose(1, 2)
+def unit_length(nodes: Tensor) -> Tensor:
+    """Return nodes (B, N, C) of root mean square 1, each scaled to length 1.
+
+    The direction of a node that is almost zero is noise, and its gradient would have no bound: nodes shorter than a
+    thousandth of the typical length stay shorter.
+    """
+    return F.normalize(nodes, dim=2, eps=1e-3 * nodes.shape[2] ** 0.5)
 
 
 @torch.no_grad()

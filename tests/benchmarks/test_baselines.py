@@ -399,7 +399,7 @@ def test_sfr_cutmix_is_sfr_on_mixed_images(task: Task) -> None:
 
 
 def gated(task: Task, gate: str) -> Arm:
-    return build_arm(f"sfr-gated@gate={gate},weight=0,alpha=0.4", task)
+    return build_arm(f"sfr-gated@gate={gate},weight=0,smoothing=class_mean,alpha=0.4", task)
 
 
 def label_loss(logits: Tensor, labels: Tensor, means: np.ndarray, alpha: list[float]) -> float:
@@ -486,7 +486,8 @@ def test_the_slow_supervisor_is_the_feature_term_between_the_network_and_its_ave
         shallow, deep = maps[0][i], maps[1][j].detach()
         size, channels = min(deep.shape[2], 4), shallow.shape[1]
         nodes = [F.adaptive_avg_pool2d(feature, size).flatten(2).transpose(1, 2) for feature in (shallow, deep)]
-        terms.append(sfr.emd_l2(nodes[0], nodes[1].unflatten(2, (-1, channels)).mean(dim=2)))
+        deep = nodes[1].unflatten(2, (-1, channels)).mean(dim=2)
+        terms.append(sfr.emd_l2(nodes[0], deep, cost="cosine"))
     plain = F.cross_entropy(task.model(task.images(batch())), task.labels[batch()])
     expected = plain + 0.5 * torch.stack(terms).mean()
     loss = arm(batch())

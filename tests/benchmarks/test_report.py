@@ -106,7 +106,7 @@ def test_gains_of_sfr_over_each_peer_stand_beside_it_for_both_label_terms(read):
     [group] = read(*(record(arm, 0, score) for arm, score in scores.items()))
     peers = report.section(group).partition("### Peers")[2].partition("###")[0]
     [heads] = rows(peers, "arm")
-    assert heads[3:5] == ["sfr against it", "sfr with past predictions against it"]
+    assert heads[3:5] == ["sfr against it", "the earlier default with past predictions against it"]
     assert rows(peers, "PS-KD")[0][3:5] == ["+2.00", "+5.00"]
     assert rows(peers, "**sfr**")[0][3:5] == ["", "+3.00"]
     assert rows(peers, "vanilla")[0][3:5] == ["", ""]
