@@ -17,14 +17,14 @@ FULL: dict[str, Any] = {
     "prefix_tokens": 1,
     "weight": 0.7,
     "warmup": 100,
-    "max_share": 0.3,
     "pairs": ((0, 2), ("layer1", "layer2")),
     "detach_deep": False,
     "max_grid": 7,
     "grouping": "crop",
-    "cost": "cosine",
+    "cost": "correlation",
     "marginals": "cross",
     "solver": "sinkhorn",
+    "smoothing": "class_mean",
     "alpha": 0.3,
     "alpha_end": 0.1,
     "alpha_steps": 50,
@@ -111,18 +111,19 @@ def test_regular_expression_for_the_stages_stays_a_string() -> None:
     ],
 )
 def test_value_at_the_end_of_its_range_is_taken(name: str, value: float) -> None:
-    assert getattr(SFRConfig(**{name: value}), name) == value
+    smoothing: Any = "class_mean" if name in ("alpha", "momentum") else "none"
+    assert getattr(SFRConfig(smoothing=smoothing, **{name: value}), name) == value
 
 
 @pytest.mark.parametrize("value", [0.0, 1])
 def test_value_at_the_end_of_the_range_of_alpha_is_one_to_move_to(value: float) -> None:
-    assert SFRConfig(alpha_end=value, alpha_steps=2).alpha_end == value
+    assert SFRConfig(smoothing="class_mean", alpha_end=value, alpha_steps=2).alpha_end == value
 
 
 @pytest.mark.parametrize("alpha", [None, 0.0])
 def test_alpha_that_moves_without_the_length_of_its_way_is_refused(alpha: float | None) -> None:
     with pytest.raises(ValueError, match=r"alpha_end=0.8 needs alpha_steps, .* at least 2.*len\(loader\)"):
-        SFRConfig(alpha=alpha, alpha_end=0.8)
+        SFRConfig(smoothing="class_mean", alpha=alpha, alpha_end=0.8)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_alpha_that_moves_without_the_length_of_its_way_is_refused(alpha: float 
         ({"smoothing": "uniform", "momentum": 0.5}, "momentum (of smoothing='class_mean')"),
         ({"smoothing": "past", "num_samples": 9, "update": "epoch"}, "update (of smoothing='class_mean')"),
         ({"smoothing": "none", "alpha": 0.9, "momentum": 0.5, "update": "epoch"}, "'uniform'); momentum, update (of"),
-        ({"alpha": 0.5, "alpha_steps": 5}, "alpha_steps (of alpha_end"),
+        ({"smoothing": "uniform", "alpha": 0.5, "alpha_steps": 5}, "alpha_steps (of alpha_end"),
     ],
 )
 def test_fields_of_the_label_term_without_effect_are_refused_with_what_they_belong_to(
@@ -241,8 +242,10 @@ def test_stages_that_are_no_names_are_refused(stages: Any) -> None:
 
 @pytest.mark.parametrize("number", [np.float32(0.25), np.float16(0.25), np.float64(0.25), Fraction(1, 4)])
 def test_numbers_of_numpy_become_those_of_python(number: Any) -> None:
-    config = SFRConfig(weight=number, alpha=number, momentum=number, max_grid=np.int64(3), warmup=np.uint8(2))  # type: ignore[arg-type]
-    assert config == SFRConfig(weight=0.25, alpha=0.25, momentum=0.25, max_grid=3, warmup=2)
+    of_numpy: dict[str, Any] = {"weight": number, "alpha": number, "momentum": number}
+    of_numpy |= {"max_grid": np.int64(3), "warmup": np.uint8(2)}
+    config = SFRConfig(smoothing="class_mean", **of_numpy)
+    assert config == SFRConfig(smoothing="class_mean", weight=0.25, alpha=0.25, momentum=0.25, max_grid=3, warmup=2)
     assert {type(value) for value in config.to_dict().values()} <= {float, int, str, bool, type(None)}
     assert SFRConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 

@@ -16,8 +16,8 @@ from sfr.labels import DynamicLabelSmoothing
 
 CLASSES = 10
 MODES: dict[str, dict[str, Any]] = {
-    "running": {"warmup": 6},
-    "epoch": {"update": "epoch"},
+    "running": {"smoothing": "class_mean", "warmup": 6},
+    "epoch": {"smoothing": "class_mean", "update": "epoch"},
     "past": {"smoothing": "past", "num_samples": 8},
     "uniform": {"smoothing": "uniform", "alpha": 0.3},
     "none": {"smoothing": "none"},
@@ -116,7 +116,7 @@ def test_the_state_has_these_names(new_run):
 
 @single_process
 def test_pytorchs_own_functions_on_state_dicts_take_the_criterion(new_run):
-    straight, resumed = new_run({}), new_run({})
+    straight, resumed = new_run(MODES["running"]), new_run(MODES["running"])
     train(straight, range(3))
     set_model_state_dict(resumed[1], get_model_state_dict(straight[1]))
     assert train(resumed, range(3, 6)) == train(straight, range(3, 6))
@@ -158,7 +158,7 @@ def test_where_the_classes_are_not_known_a_distributed_checkpoint_asks_for_their
 def test_the_number_of_classes_that_is_stated_is_checked(new_run, batch):
     with pytest.raises(ValueError, match="num_classes must"):
         DynamicLabelSmoothing(num_classes=0)
-    model, _ = new_run({})
+    model, _ = new_run(MODES["running"])
     with pytest.raises(ValueError, match="num_classes=7, and the logits have 10"):
         sfr.SFRLoss(model, num_classes=7)(model(batch[0]), batch[1])
 
@@ -169,7 +169,7 @@ def test_a_last_layer_that_is_not_of_the_classes_harms_nothing(batch):
     net.append(nn.Sequential(nn.Linear(16, 10))).append(nn.Identity())
     net[-2].forward = lambda x, inner=net[-2][0]: inner(x)
     net[-2].append(head)  # registered last, and unused
-    model = sfr.SFRWrapper(net, stages=["0", "2"])
+    model = sfr.SFRWrapper(net, stages=["0", "2"], smoothing="class_mean")
     criterion = sfr.SFRLoss(model)
     criterion.load_state_dict(criterion.state_dict())
     criterion(model(batch[0]), batch[1])
@@ -179,7 +179,7 @@ def test_a_last_layer_that_is_not_of_the_classes_harms_nothing(batch):
 
 
 def test_a_state_of_before_it_was_tensors_loads(new_run):
-    straight, resumed = new_run({}), new_run({})
+    straight, resumed = new_run(MODES["running"]), new_run(MODES["running"])
     train(straight, range(3))
     labels = straight[1].labels
     statistics = {name: getattr(labels, name).clone() for name in ("distributions", "sums", "counts")}
@@ -217,7 +217,7 @@ def test_a_checkpoint_of_a_run_without_the_criterion_loads_and_leaves_it_at_its_
 
 
 def test_a_state_in_which_something_is_missing_or_too_much_is_refused(new_run):
-    run = new_run({})
+    run = new_run(MODES["running"])
     train(run, range(2))
     state = run[1].state_dict()
     for name in ("step", "labels.step", "labels.counts", "labels.distributions"):

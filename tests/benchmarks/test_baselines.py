@@ -473,7 +473,7 @@ def test_an_unknown_gate_is_an_error(task: Task) -> None:
 
 def test_the_slow_supervisor_is_the_feature_term_between_the_network_and_its_average(task: Task) -> None:
     same, slow = (copy.deepcopy(task.model) for _ in range(2))
-    arm = build_arm("sfr-slow@decay=0.75,weight=0.5,smoothing=none", task)
+    arm, cost = build_arm("sfr-slow@decay=0.75,weight=0.5,smoothing=none", task), sfr.SFRConfig().cost
     with_itself = build_arm("sfr@weight=0.5,smoothing=none", replace(task, model=same))
     assert arm(batch()).item() == pytest.approx(with_itself(batch()).item())  # before any step the two are the same
     with torch.no_grad():
@@ -486,8 +486,7 @@ def test_the_slow_supervisor_is_the_feature_term_between_the_network_and_its_ave
         shallow, deep = maps[0][i], maps[1][j].detach()
         size, channels = min(deep.shape[2], 4), shallow.shape[1]
         nodes = [F.adaptive_avg_pool2d(feature, size).flatten(2).transpose(1, 2) for feature in (shallow, deep)]
-        deep = nodes[1].unflatten(2, (-1, channels)).mean(dim=2)
-        terms.append(sfr.emd_l2(nodes[0], deep, cost="cosine"))
+        terms.append(sfr.emd_l2(nodes[0], nodes[1].unflatten(2, (-1, channels)).mean(dim=2), cost=cost))
     plain = F.cross_entropy(task.model(task.images(batch())), task.labels[batch()])
     expected = plain + 0.5 * torch.stack(terms).mean()
     loss = arm(batch())

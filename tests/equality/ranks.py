@@ -46,7 +46,7 @@ def sharded(model: nn.Module):
 
 
 def train(kind: str, rank: int, ranks: int) -> dict[str, object]:
-    wrapped = sfr.SFRWrapper(group_norm_net(CLASSES), weight=0.5, warmup=3, momentum=0.05)
+    wrapped = sfr.SFRWrapper(group_norm_net(CLASSES), weight=0.5, warmup=3, smoothing="class_mean", momentum=0.05)
     criterion = sfr.SFRLoss(wrapped)
     if kind == "fsdp2":
         model, optimizer, backward, small_step = sharded(wrapped)

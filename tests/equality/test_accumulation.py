@@ -25,8 +25,12 @@ def gradients(model, images, labels, parts):
     [
         pytest.param({"smoothing": "none"}, id="hard labels"),
         pytest.param({"smoothing": "uniform", "alpha": 0.2}, id="uniform"),
-        pytest.param({"update": "epoch"}, id="class means by epoch"),
-        pytest.param({}, id="running class means", marks=pytest.mark.xfail(strict=True, reason=RUNNING_MEANS)),
+        pytest.param({"smoothing": "class_mean", "update": "epoch"}, id="class means by epoch"),
+        pytest.param(
+            {"smoothing": "class_mean"},
+            id="running class means",
+            marks=pytest.mark.xfail(strict=True, reason=RUNNING_MEANS),
+        ),
     ],
 )
 def test_accumulated_parts_give_the_gradient_of_the_whole(make_net, batch, assert_equal, options, parts):

@@ -8,8 +8,8 @@ import torch
 import sfr
 
 OPTIONS = {
-    "running": {"warmup": 6},
-    "epoch": {"update": "epoch"},
+    "running": {"smoothing": "class_mean", "warmup": 6},
+    "epoch": {"smoothing": "class_mean", "update": "epoch"},
     "past": {"smoothing": "past", "num_samples": 8},
     "schedule": {"smoothing": "uniform", "alpha": 0.3, "alpha_end": 0.0, "alpha_steps": 7},
 }

@@ -165,9 +165,9 @@ def test_a_functional_call_gives_the_loss_and_the_gradients_of_the_given_paramet
 
 @pytest.mark.parametrize("update", ["running", "epoch"])
 def test_state_dicts_load_with_weights_only(make_net, batch, update):
-    run = Run(sfr.SFRWrapper(make_net(), update=update, warmup=5))
+    run = Run(sfr.SFRWrapper(make_net(), smoothing="class_mean", update=update, warmup=5))
     run.train(seed=0)
-    resumed = Run(sfr.SFRWrapper(make_net(), update=update, warmup=5))
+    resumed = Run(sfr.SFRWrapper(make_net(), smoothing="class_mean", update=update, warmup=5))
     for part in ("model", "criterion", "optimizer"):
         state = saved(getattr(run, part).state_dict(), weights_only=True)
         getattr(resumed, part).load_state_dict(state)
