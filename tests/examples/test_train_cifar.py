@@ -103,7 +103,7 @@ def test_the_other_methods_train_too(tmp_path, method):
 
 
 def test_sfr_options_reach_the_configuration(tmp_path):
-    train(tmp_path, "--epochs", "1", "--sfr", "weight=0.5", "grouping=mean", "update=epoch")
+    train(tmp_path, "--epochs", "1", "--sfr", "weight=0.5", "grouping=mean", "smoothing=class_mean", "update=epoch")
     written = json.loads((tmp_path / "config.json").read_text())["sfr"]
     assert (written["weight"], written["grouping"], written["update"]) == (0.5, "mean", "epoch")
 

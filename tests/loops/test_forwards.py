@@ -182,7 +182,8 @@ def test_each_of_two_labels_for_the_same_logits_is_one_loss_with_mixed_targets(m
 
 
 def test_the_two_labels_share_a_step_of_every_schedule_and_both_count(make_net, batch):
-    model = sfr.SFRWrapper(make_net(), warmup=10, alpha=0.0, alpha_end=1.0, alpha_steps=10, example_input=batch[0])
+    moving = {"smoothing": "class_mean", "alpha": 0.0, "alpha_end": 1.0, "alpha_steps": 10}
+    model = sfr.SFRWrapper(make_net(), weight=0.2, warmup=10, example_input=batch[0], **moving)
     criterion = sfr.SFRLoss(model)
     for step in range(1, 4):
         logits = model(batch[0])
