@@ -1,13 +1,12 @@
-"""What sfr brings where labels are few and some are wrong: the same small network trained plain and with the two lines.
+"""A small network on few labels, some of them wrong: plain, with the two lines, and with smoothing="class_mean".
 
     python examples/compare.py                # about a minute on two CPU cores; draws runs/compare.png
     python examples/compare.py --wrong 0      # the same with clean labels
 
 The data are scikit-learn's digits. Ten images of each class are labelled for training, one label in five is wrong, and
-all other images are the test set. The plain network comes to fit the wrong labels, too, and is overconfident: that is
-where sfr helps. With clean labels these digits are too easy for a difference. Both trainings of a seed share the
-labelled images, the initial weights and the order of the batches, so they are compared in pairs. The result is that
-of the last epoch, and every seed is printed.
+all other images are the test set. The plain network comes to fit the wrong labels, too, and is overconfident. The
+trainings of a seed share the labelled images, the initial weights and the order of the batches, so they are compared in
+pairs. The result is that of the last epoch, and every seed is printed, also where sfr loses.
 """
 
 import argparse
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 import sfr
 
+METHODS: dict[str, dict[str, Any] | None] = {"plain": None, "two lines": {}, "class means": {"smoothing": "class_mean"}}
 COLUMNS = ("accuracy, %", "calibration error, %", "test loss")
 
 
@@ -34,19 +34,21 @@ def main() -> None:
     add("--picture", type=Path, default=Path("runs/compare.png"))
     args = parser.parse_args()
 
-    images, labels = map(torch.tensor, load_digits(return_X_y=True))
-    images = images.float().view(-1, 1, 8, 8) / 16
+    pixels, labels = map(torch.tensor, load_digits(return_X_y=True))
+    images = pixels.float().view(-1, 1, 8, 8) / 16
     print(f"{10 * args.labels} labelled digits, {args.wrong:.0%} of the labels wrong, {args.epochs} epochs")
-    print(f"{'':16}" + "".join(f"{name:>22}" for name in COLUMNS))
-    results = torch.zeros(len(args.seeds), 2, 3)
+    print(f"{'':24}" + "".join(f"{name:>22}" for name in COLUMNS))
+    results = torch.zeros(len(args.seeds), len(METHODS), len(COLUMNS))
     for row, seed in enumerate(args.seeds):
         train, given = few_labels(labels, args.labels, args.wrong, seed)
         test = torch.ones(len(labels), dtype=torch.bool).index_fill(0, train, False)
-        for column, name in enumerate(("plain", "with sfr")):
-            model = trained(images[train], given, args.epochs, seed, with_sfr=name == "with sfr")
+        for column, (name, settings) in enumerate(METHODS.items()):
+            model = trained(images[train], given, args.epochs, seed, settings)
             with torch.no_grad():
                 results[row, column] = scores(model(images[test]), labels[test])
-            print(f"seed {seed}, {name:9}" + "".join(f"{score:22.3f}" for score in results[row, column]), flush=True)
+            print(
+                f"{f'seed {seed}, {name}':24}" + "".join(f"{score:22.3f}" for score in results[row, column]), flush=True
+            )
     print(table(results))
     draw(results, args.seeds, args.picture)
     print(f"picture: {args.picture}")
@@ -63,14 +65,14 @@ def few_labels(labels: Tensor, per_class: int, wrong: float, seed: int) -> tuple
     return train, given
 
 
-def trained(images: Tensor, labels: Tensor, epochs: int, seed: int, with_sfr: bool) -> nn.Module:
-    """Return the plain network, trained on images (N, 1, 8, 8) and their labels."""
+def trained(images: Tensor, labels: Tensor, epochs: int, seed: int, settings: dict[str, Any] | None) -> nn.Module:
+    """Return the plain network, trained on images (N, 1, 8, 8) and their labels; with sfr unless `settings` is None."""
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
     model: Any = network()
     criterion: nn.Module = nn.CrossEntropyLoss()
-    if with_sfr:
-        model = sfr.SFRWrapper(model)  # the two lines
+    if settings is not None:
+        model = sfr.SFRWrapper(model, **settings)  # the two lines
         criterion = sfr.SFRLoss(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
@@ -81,7 +83,7 @@ def trained(images: Tensor, labels: Tensor, epochs: int, seed: int, with_sfr: bo
             loss.backward()
             optimizer.step()
         schedule.step()
-    return (model.unwrap() if with_sfr else model).eval()
+    return (model if settings is None else model.unwrap()).eval()
 
 
 def network() -> nn.Module:
@@ -97,29 +99,30 @@ def scores(logits: Tensor, labels: Tensor) -> Tensor:
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
     correct = (predicted == labels).float()
     gaps = torch.zeros(15).index_add_(0, (15 * confidence).ceil().long() - 1, confidence - correct)
-    loss = nn.functional.cross_entropy(logits, labels)
-    return torch.stack([100 * correct.mean(), 100 * gaps.abs().sum() / len(labels), loss])
+    calibration = gaps.abs().sum() / len(labels)
+    return torch.stack([100 * correct.mean(), 100 * calibration, nn.functional.cross_entropy(logits, labels)])
 
 
 def table(results: Tensor) -> str:
-    """Means ± standard errors over the seeds of results (seeds, plain and sfr, columns), and of their differences."""
-    lines = ["", "mean ± standard error over the seeds; the difference is paired"]
-    rows = {"plain": results[:, 0], "with sfr": results[:, 1], "difference": results[:, 1] - results[:, 0]}
+    """Means ± standard errors over the seeds of results (seeds, methods, columns), and of the differences to plain."""
+    lines = ["", "mean ± standard error over the seeds; the differences are paired"]
+    rows = {name: results[:, row] for row, name in enumerate(METHODS)}
+    rows |= {f"{name} - plain": scores - rows["plain"] for name, scores in rows.items() if name != "plain"}
     for name, values in rows.items():
         means, errors = values.mean(dim=0), values.std(dim=0) / len(values) ** 0.5
-        sign = "+" if name == "difference" else ""
+        sign = "+" if "-" in name else ""
         cells = (f"{mean:{sign}.3f} ± {error:.3f}" for mean, error in zip(means, errors, strict=True))
-        lines.append(f"{name:16}" + "".join(f"{cell:>22}" for cell in cells))
+        lines.append(f"{name:24}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)
 
 
 def draw(results: Tensor, seeds: list[int], file: Path) -> None:
-    """Draw a panel for each column, with a line from plain to sfr for each seed."""
+    """Draw a panel for each column, with a line over the methods for each seed."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     for column, axes in enumerate(figure.subplots(1, 3)):
-        for seed, pair in zip(seeds, results[:, :, column], strict=True):
-            axes.plot(["plain", "with sfr"], pair, marker="o", label=f"seed {seed}")
-        axes.set(title=f"{COLUMNS[column]}\n({'higher' if column == 0 else 'lower'} is better)", xlim=(-0.3, 1.3))
+        for seed, of_seed in zip(seeds, results[:, :, column], strict=True):
+            axes.plot(list(METHODS), of_seed, marker="o", label=f"seed {seed}")
+        axes.set(title=f"{COLUMNS[column]}\n({'higher' if column == 0 else 'lower'} is better)", xlim=(-0.3, 2.3))
         axes.grid(alpha=0.3)
     axes.legend()
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -23,25 +23,19 @@ def test_the_command_prints_every_seed_and_the_paired_difference_and_draws_it(tm
     assert done.stderr == ""
     printed = done.stdout
     assert printed.startswith("30 labelled digits, 20% of the labels wrong, 2 epochs")
-    rows = {
-        line[:16].strip(): [float(x) for x in line[16:].split()]
-        for line in printed.splitlines()
-        if "seed " in line and "," in line and "mean" not in line
-    }
-    assert list(rows) == ["seed 3, plain", "seed 3, with sfr", "seed 5, plain", "seed 5, with sfr"]
-    difference = np.mean(
-        [np.subtract(rows[f"seed {seed}, with sfr"], rows[f"seed {seed}, plain"]) for seed in (3, 5)], axis=0
-    )
-    last = next(line for line in printed.splitlines() if line.startswith("difference"))
-    assert [float(cell.split(" ± ")[0]) for cell in last.split("  ") if "±" in cell] == pytest.approx(
-        difference, abs=2e-3
-    )
+    rows = {line[:24].strip(): line[24:].split("  ") for line in printed.splitlines()}
+    scores = {name: [float(cell) for cell in cells if cell] for name, cells in rows.items() if name.startswith("seed ")}
+    assert list(scores) == [f"seed {seed}, {name}" for seed in (3, 5) for name in compare.METHODS]
+    for name in ("two lines", "class means"):
+        pairs = [np.subtract(scores[f"seed {seed}, {name}"], scores[f"seed {seed}, plain"]) for seed in (3, 5)]
+        means = [float(cell.split(" ± ")[0]) for cell in rows[f"{name} - plain"] if cell]
+        assert means == pytest.approx(np.mean(pairs, axis=0), abs=2e-3)
     assert printed.splitlines()[-1] == "picture: runs/compare.png"
     assert (tmp_path / "runs/compare.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_standard_errors_are_those_of_the_pairs():
-    results = torch.tensor([[[80.0, 5, 1], [82, 4, 1]], [[90, 5, 1], [94, 2, 1]]])
+    results = torch.tensor([[[80.0, 5, 1], [82, 4, 1], [80, 5, 1]], [[90, 5, 1], [94, 2, 1], [90, 5, 1]]])
     assert "+3.000 ± 1.000" in compare.table(results)
     assert "-2.000 ± 1.000" in compare.table(results)
     assert "85.000 ± 5.000" in compare.table(results)
@@ -56,19 +50,16 @@ def test_scores_are_those_of_the_metric_of_the_other_examples():
     )
 
 
-def test_both_trainings_of_a_seed_differ_in_the_two_lines_only(monkeypatch):
+def test_the_trainings_of_a_seed_differ_in_the_two_lines_only():
     """With the switches off, sfr ends with the weights of the plain training."""
     images, labels = torch.rand(30, 1, 8, 8), torch.arange(30) % 10
-    plain = compare.trained(images, labels, 2, seed=3, with_sfr=False)
-    wrapper = compare.sfr.SFRWrapper
-    with_sfr = compare.trained(images, labels, 2, seed=3, with_sfr=True)
-    monkeypatch.setattr(compare.sfr, "SFRWrapper", lambda model: wrapper(model, weight=0, smoothing="none"))
-    switched_off = compare.trained(images, labels, 2, seed=3, with_sfr=True)
-    assert torch.equal(switched_off[0].weight, plain[0].weight)
-    assert not torch.equal(with_sfr[0].weight, plain[0].weight)
+    off = {"weight": 0, "smoothing": "none"}
+    plain, switched_off, two_lines = (compare.trained(images, labels, 2, 3, how)[0].weight for how in (None, off, {}))
+    assert torch.equal(switched_off, plain)
+    assert not torch.equal(two_lines, plain)
 
 
-def test_labels_are_as_few_and_as_wrong_as_asked_and_the_same_for_both():
+def test_labels_are_as_few_and_as_wrong_as_asked_and_the_same_every_time():
     labels = torch.arange(400) % 10
     train, given = compare.few_labels(labels, 10, 0.1, seed=4)
     assert torch.equal(torch.bincount(labels[train]), torch.full((10,), 10))
@@ -80,4 +71,4 @@ def test_labels_are_as_few_and_as_wrong_as_asked_and_the_same_for_both():
 
 
 def test_the_example_is_short(examples):
-    assert len((examples / "compare.py").read_text().splitlines()) <= 130
+    assert len((examples / "compare.py").read_text().splitlines()) <= 131
