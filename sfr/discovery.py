@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import TensorWeakRef
 
@@ -160,7 +161,36 @@ class StageFinder:
                 return {stage.name: stage for stage in stages}
         raise ValueError(
             f"found {len(stages)} stage(s) {[stage.name for stage in stages]} in {type(self._model).__name__}, "
-            f"two are needed. {HOW_TO_NAME}"
+            f"two are needed{self._why_few()}. {HOW_TO_NAME}"
+        )
+
+    def _why_few(self) -> str:
+        """Return what is known of the outputs that are no stages, as the rest of a sentence."""
+        unread = [sighting for sighting in self._sightings if sighting.problem]
+        if unread:
+            stated = "" if self._config.layout == "auto" else f" with layout={self._config.layout!r}"
+            return f": {len(unread)} output(s) cannot be read{stated}; {unread[0].name!r}: {unread[0].problem}"
+        others = [sighting for sighting in self._sightings if sighting.view is None]
+        if self._sightings and len(others) == len(self._sightings):
+            name, shape = others[0].name, others[0].shape
+            return f": no output has the batch, {self._batch}, as its first axis: {name!r} has shape {shape}"
+        left_out = self.left_out()
+        return f": left out: {', '.join(left_out)}" if left_out else ""
+
+    def left_out(self) -> tuple[str, ...]:
+        """Return, of a net whose last stage is no stage here because its map has a single cell, what to say of it.
+
+        What comes after a pooling to one cell was never meant to be a map.
+        """
+        maps = [sighting for sighting in self._sightings if sighting.view and sighting.sole and sighting.ndim > 3]
+        last = max((place for place, sighting in enumerate(maps) if sighting.cells > 1), default=-1)
+        single = maps[last + 1 :]
+        if self._named or not single or _takes_a_pooled_map(single[0].module):
+            return ()
+        layers = [sighting for sighting in self._stable(single) if any(True for _ in sighting.module.parameters())]
+        names = [sighting.name for sighting in self._last(layers, lambda sighting: sighting.cells)]
+        return tuple(
+            f"{name} ({' x '.join('1' * (single[0].ndim - 2))}), whose map has a single cell" for name in names
         )
 
     def _stable(self, sightings: list[Sighting]) -> list[Sighting]:
@@ -262,6 +292,12 @@ def _before_classifier(logits: Tensor | None, sightings: list[Sighting]) -> list
 def _is_detour(sighting: Sighting, sizes: Mapping[str, int]) -> bool:
     """Whether a module around this one returns to a larger map, as attention to a pooled map does."""
     return any(sizes.get(name, 0) > sighting.cells for name in ancestors(sighting.name))
+
+
+def _takes_a_pooled_map(module: nn.Module) -> bool:
+    """Whether a module that returns a map of one cell pools it, or convolves one that was pooled."""
+    pointwise = isinstance(module, _ConvNd) and {*module.kernel_size, *module.stride} == {1}
+    return pointwise or "pool" in type(module).__name__.lower()
 
 
 def _names(sightings: list[Sighting]) -> list[str]:

@@ -18,7 +18,12 @@ from sfr.nodes import cells, common_grids, match_channels, spatial_shape, to_nod
 from sfr.outputs import logits_in
 from sfr.stages import resolve_pairs
 from sfr.transport import default_solver
-from sfr.wrapper import SFRWrapper, split_arguments
+from sfr.wrapper import SFRWrapper, forward_arguments
+
+NO_CLASSES = (
+    "the terms of the loss are not shown, because the output is no classes (fewer than two axes, or one column: a "
+    "regression, or a model that computes its losses itself), and random labels cannot be drawn"
+)
 
 # Shares of the feature term in the first loss: between the two it is as it should be.
 WEAK_SHARE, STRONG_SHARE = 0.005, 0.1
@@ -58,6 +63,7 @@ class Report:
         solver: the transport solver that "auto" stands for on this device.
         plain: time and memory of a step of the plain model with cross-entropy.
         sfr: time and memory of a step of the wrapped model with :class:`sfr.SFRLoss`.
+        notes: what is not shown or left out, and why.
     """
 
     stages: tuple[StageRow, ...]
@@ -66,6 +72,7 @@ class Report:
     solver: str
     plain: StepCost
     sfr: StepCost
+    notes: tuple[str, ...] = ()
 
     @property
     def time_ratio(self) -> float:
@@ -97,11 +104,12 @@ class Report:
                 f"medians of {len(self.plain.seconds)}, forward and backward)",
                 f"memory: {peaks[0] / 2**20:.1f} MiB plain, {peaks[1] / 2**20:.1f} MiB with SFR "
                 f"({self.memory_ratio:.2f}x, peak of one step)",
+                *(f"note:   {note}" for note in self.notes),
             ]
         )
 
 
-def report(model: SFRWrapper, example_input: Any, repeats: int = 5) -> Report:
+def report(model: SFRWrapper, *example_input: Any, repeats: int = 5) -> Report:
     """Run a few training steps on random labels and tell what SFR does and what it costs.
 
     Nothing is left behind: buffers, gradients, training mode and random state are put back. Under several processes
@@ -109,15 +117,19 @@ def report(model: SFRWrapper, example_input: Any, repeats: int = 5) -> Report:
 
     Args:
         model: the wrapped model; stages not yet discovered are.
-        example_input: arguments of one forward, best a batch of the size to be trained with: a tensor, a tuple or a
-            dict. The model returns logits, or an output with ``logits`` or that begins with them; what has fewer than
-            two axes, or one column, counts as a loss (regression; a detector, which takes its targets, too).
+        *example_input: arguments of one forward, best a batch of the size to be trained with: as the model takes them,
+            ``report(x)`` or ``report(x, y)``, or all in one tuple or dict. The model returns logits, or an output with
+            ``logits`` or that begins with them; what has fewer than two axes, or one column, counts as a loss
+            (regression; a detector, which takes its targets, too).
         repeats: timed steps of each kind, >= 1.
 
     Returns:
         A :class:`Report`.
+
+    Raises:
+        TypeError: if the model's forward does not take such arguments, or it returns no floating-point tensor.
     """
-    args, kwargs = split_arguments(example_input)
+    args, kwargs = forward_arguments(model, example_input)
 
     def forward() -> Tensor:
         """Return the logits, or of an output without classes the mean of all numbers, 0-d, as a loss."""
@@ -135,11 +147,12 @@ def report(model: SFRWrapper, example_input: Any, repeats: int = 5) -> Report:
         target = (
             torch.randint(logits.shape[1], (len(logits), *logits.shape[2:])).to(logits.device) if has_classes else None
         )
+        index = _some_index(criterion.config.num_samples, logits)
         features = model.take_features(logits)
         stages, pairs = _describe(criterion, features)
 
         def step() -> None:
-            criterion(forward(), target).backward()
+            criterion(forward(), target, index=index).backward()
 
         def plain_step() -> None:
             with model.disable():
@@ -150,7 +163,14 @@ def report(model: SFRWrapper, example_input: Any, repeats: int = 5) -> Report:
     if solver == "auto":
         solver = f"auto ({default_solver(logits.device)} on {logits.device.type})"
     loss = replace(criterion.last, weight=criterion.config.largest_weight) if has_classes else None
-    return Report(stages, pairs, loss, solver, costs["plain"], costs["sfr"])
+    notes = [] if has_classes else [NO_CLASSES]
+    notes += [f"left out: {stage}" for stage in model._left_out]
+    return Report(stages, pairs, loss, solver, costs["plain"], costs["sfr"], tuple(notes))
+
+
+def _some_index(num_samples: int | None, logits: Tensor) -> Tensor | None:
+    """Return numbers of samples as smoothing='past' needs them."""
+    return None if num_samples is None else torch.arange(len(logits), device=logits.device) % num_samples
 
 
 def _describe(criterion: SFRLoss, features: dict[str, Tensor]) -> tuple[tuple[StageRow, ...], tuple[PairRow, ...]]:
@@ -162,14 +182,16 @@ def _describe(criterion: SFRLoss, features: dict[str, Tensor]) -> tuple[tuple[St
     )
     maps = {name: _of_one_image(*criterion.map_of(name, feature)) for name, feature in features.items()}
     pairs = []
-    names = list(features)
-    for i, j in resolve_pairs(config.pairs, names):
-        shallow, deep = maps[names[i]], maps[names[j]]
+    order = model._recorder.order
+    for i, j in resolve_pairs(config.pairs, order):
+        if order[i] not in features or order[j] not in features:
+            continue  # a stage that this forward skipped
+        shallow, deep = maps[order[i]], maps[order[j]]
         grids = common_grids(spatial_shape(*shallow), spatial_shape(*deep), config.max_grid)
         sides = to_nodes(*shallow, grids[0]), to_nodes(*deep, grids[1])
         _, matched = match_channels(*sides, config.grouping, sync=False)
         sizes = (cells(grids[0]), cells(grids[1]))
-        pairs.append(PairRow(names[i], names[j], sizes, matched.shape[2], matched.shape[0]))
+        pairs.append(PairRow(order[i], order[j], sizes, matched.shape[2], matched.shape[0]))
     return stages, tuple(pairs)
 
 

@@ -39,6 +39,13 @@ def find_stages(model: nn.Module, stages: str | Sequence[str]) -> dict[str, nn.M
         except re.error as error:
             raise ValueError(f"stages={stages!r} is no regular expression: {error}") from error
         found = {name: module for name, module in modules.items() if pattern.fullmatch(name)}
+        inside = [name for name in modules if re.fullmatch(rf".*\.(?:{stages})", name)] if len(found) < 2 else []
+        if inside:
+            more = ", ..." if len(inside) > 5 else ""
+            raise ValueError(
+                f"stages={stages!r} gives {len(found)} stage(s), two are needed. Full names are matched, and these end "
+                f"so: {', '.join(inside[:5])}{more}; stages=r'.*\\.(?:{stages})' matches them"
+            )
     else:
         everything = dict(model.named_modules(remove_duplicate=False))
         for name in stages:

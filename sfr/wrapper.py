@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import inspect
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -73,6 +74,7 @@ class SFRWrapper(nn.Module):
     _stage_names: tuple[str, ...] | None
     _views: dict[str, View] | None
     _watches: int
+    _left_out: tuple[str, ...]
     _disabled: bool
     _joining: bool
     _record_in_eval: bool
@@ -113,6 +115,7 @@ class SFRWrapper(nn.Module):
         self._recorder.belong_to(self)
         self._stage_names = None
         self._views, self._watches = None, 0
+        self._left_out = ()
         self._disabled = False
         self._joining = False
         if self._config.stages is not None:
@@ -272,10 +275,11 @@ class SFRWrapper(nn.Module):
             self._tap({name: stage.module for name, stage in found.items()})
         self._views = (self._views or {}) | finder.views(self._stage_names or ())
         self._watches += 1
+        self._left_out = finder.left_out()
         return {name: stage.feature for name, stage in found.items() if stage.feature is not None}
 
     def _discover_from(self, example_input: Any) -> None:
-        args, kwargs = split_arguments(example_input)
+        args, kwargs = forward_arguments(self, (example_input,))
         modes = [(module, module.training) for module in self._model.modules()]
         try:
             self._model.eval()
@@ -362,11 +366,34 @@ def _is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
-def split_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Turn an example input into the positional and keyword arguments of a forward."""
-    if isinstance(example_input, Mapping):
-        return (), dict(example_input)
-    return (tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)), {}
+def forward_arguments(model: SFRWrapper, example_input: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Turn an example input into the positional and keyword arguments of a forward.
+
+    Args:
+        model: the wrapped model.
+        example_input: the arguments one by one, or one tuple, list or dict of them.
+
+    Raises:
+        TypeError: if the model's forward does not take them.
+    """
+    args, kwargs = example_input, {}
+    if len(example_input) == 1:
+        (only,) = example_input
+        kwargs = dict(only) if isinstance(only, Mapping) else {}
+        args = () if kwargs else tuple(only) if isinstance(only, (tuple, list)) else (only,)
+    try:
+        signature = inspect.signature(model._model.forward)
+    except ValueError:
+        return args, kwargs
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        given = ", ".join([type(each).__name__ for each in args] + [f"{name}=..." for name in kwargs])
+        raise TypeError(
+            f"the model is called as forward{signature}, and the example input gives it ({given}): {error}. Give what "
+            "your loop calls the model with, as in model.report(x): of a batch (images, labels), the images alone"
+        ) from None
+    return args, kwargs
 
 
 def _is_joining() -> bool:

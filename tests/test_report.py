@@ -138,3 +138,55 @@ def test_a_fresh_criterion_is_not_touched_by_a_report(make_net, batch):
     assert criterion.step == 0
     with pytest.raises(RuntimeError, match="no features are recorded"):
         criterion(torch.zeros(8, 10, requires_grad=True), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("size", "notes"), [(32, ("left out: layer4 (1 x 1), whose map has a single cell",)), (64, ())]
+)
+@pytest.mark.parametrize("build", [models.resnet18, models.resnet34])
+def test_a_last_stage_of_a_single_cell_is_noted(build, size, notes):
+    report = sfr.SFRWrapper(build(num_classes=3)).report(torch.zeros(2, 3, size, size), repeats=1)
+    assert report.notes == notes
+    assert all(note in str(report) for note in notes)
+
+
+@pytest.mark.parametrize("build", [models.mobilenet_v3_small, models.squeezenet1_1, models.efficientnet_b0])
+def test_what_is_pooled_on_purpose_is_not_noted(build):
+    model = sfr.SFRWrapper(build(num_classes=3), example_input=torch.zeros(1, 3, 64, 64))
+    assert model.report(torch.zeros(2, 3, 64, 64), repeats=1).notes == ()
+
+
+def test_a_report_without_classes_says_why_it_lacks_the_loss(make_net, batch):
+    report = sfr.SFRWrapper(make_net(classes=1), stages=["1", "3"]).report(batch[0], repeats=1)
+    assert "the terms of the loss are not shown, because the output is no classes" in str(report)
+
+
+@pytest.mark.parametrize("example", [lambda x, y: ((x, y),), lambda x, y: (x, y), lambda x, y: ({"x": x},)])
+def test_an_example_that_the_model_does_not_take_is_an_error_that_explains(make_net, batch, example):
+    with pytest.raises(
+        TypeError, match=r"called as forward\(input\).*your loop calls the model with, as in model.report"
+    ):
+        sfr.SFRWrapper(make_net()).report(*example(*batch))
+    with pytest.raises(TypeError, match=r"called as forward\(input\)"):
+        sfr.SFRWrapper(make_net(), example_input=batch)
+
+
+def test_a_model_of_several_inputs_is_reported_from_them(make_net, batch):
+    class Conditioned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.embedding = make_net(), nn.Embedding(10, 3)
+
+        def forward(self, x, t, y):
+            return self.net(x * t[:, None, None, None] + self.embedding(y)[:, :, None, None])
+
+    model = sfr.SFRWrapper(Conditioned())
+    x, y = batch
+    for example in ((x, torch.rand(8), y), ((x, torch.rand(8), y),), ({"x": x, "t": torch.rand(8), "y": y},)):
+        assert len(model.report(*example, repeats=1).pairs) == 3
+
+
+@pytest.mark.parametrize("samples", [5, 100])
+def test_past_predictions_are_reported_without_an_index(make_net, batch, samples):
+    report = sfr.SFRWrapper(make_net(), smoothing="past", num_samples=samples).report(batch[0], repeats=1)
+    assert report.loss.as_dict()["label"] > 0

@@ -600,3 +600,36 @@ def test_logits_flattened_over_positions_and_images_folded_into_the_batch_are_no
     model = sfr.SFRWrapper(Net(), stages=["first", "second"])
     logits = model(torch.randn(4, 2, 3, 16, 16)).flatten(0, 2)
     sfr.SFRLoss(model)(logits, torch.zeros(len(logits), dtype=torch.long)).backward()
+
+
+def test_an_expression_that_matches_only_the_ends_of_names_is_an_error_that_says_so():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = models.resnet18()
+
+        def forward(self, x):
+            return self.backbone(x)
+
+    message = (
+        r"gives 0 stage.*Full names are matched, and these end so: backbone.layer1, backbone.layer2.*stages=(r'.*)'"
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        sfr.SFRWrapper(Net(), stages=r"layer[1-4]")
+    advised = str(error.value).split("stages=r'")[1].split("'")[0]
+    assert sfr.SFRWrapper(Net(), stages=advised).stage_names == tuple(f"backbone.layer{k}" for k in (1, 2, 3, 4))
+
+
+def test_too_few_stages_are_an_error_that_gives_the_reason():
+    image = torch.zeros(2, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"cannot be read with layout='tokens'; 'conv1': layout 'tokens' needs 3 axes"):
+        sfr.SFRWrapper(models.resnet18(), layout="tokens", example_input=image)
+    single = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 30), nn.Flatten())
+    with pytest.raises(ValueError, match=r"found 1 stage.*left out: 1 \(1 x 1\), whose map has a single cell"):
+        sfr.SFRWrapper(single, example_input=image)
+    windows = nn.Sequential(Part(lambda x: x.flatten(0, 1)[:, None]), nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3))
+    flat = nn.Sequential(*windows, Part(lambda x: x.mean((1, 2, 3))))
+    with pytest.raises(
+        ValueError, match=r"no output has the batch, 2, as its first axis: '0' has shape \(6, 1, 32, 32\)"
+    ):
+        sfr.SFRWrapper(flat, example_input=image)
