@@ -4,9 +4,8 @@
     python examples/compare.py --wrong 0      # the same with clean labels
 
 The data are scikit-learn's digits. Ten images of each class are labelled for training, one label in five is wrong, and
-all other images are the test set. The plain network comes to fit the wrong labels, too, and is overconfident. The
-trainings of a seed share the labelled images, the initial weights and the order of the batches, so they are compared in
-pairs. The result is that of the last epoch, and every seed is printed, also where sfr loses.
+all other images are the test set. The trainings of a seed share labelled images, initial weights and the order of the
+batches, so they are compared in pairs. The result is that of the last epoch; every seed is printed.
 """
 
 import argparse
@@ -46,9 +45,8 @@ def main() -> None:
             model = trained(images[train], given, args.epochs, seed, settings)
             with torch.no_grad():
                 results[row, column] = scores(model(images[test]), labels[test])
-            print(
-                f"{f'seed {seed}, {name}':24}" + "".join(f"{score:22.3f}" for score in results[row, column]), flush=True
-            )
+            label = f"seed {seed}, {name}"
+            print(f"{label:24}" + "".join(f"{score:22.3f}" for score in results[row, column]), flush=True)
     print(table(results))
     draw(results, args.seeds, args.picture)
     print(f"picture: {args.picture}")
