@@ -56,7 +56,7 @@ FAMILIES = {
     "ViT of torchvision": (lambda: torchvision.models.VisionTransformer(32, 8, 6, 3, 96, 192, num_classes=10), 1e-3),
     "mixer": (lambda: MlpMixer(10, img_size=32, patch_size=8, num_blocks=6, embed_dim=96), 1e-3),
     "post-norm transformer": (PostNorm, 1e-3),
-    "residual net without normalisation": (NoNorm, 1e-3),
+    "residual net without normalisation": (NoNorm, 3e-4),
     "ResNet": (lambda: timm.create_model("resnet10t", num_classes=10, channels=(16, 32, 64, 96)), 1e-3),
     "ConvNeXt": (
         lambda: timm.create_model("convnext_atto", num_classes=10, depths=(1, 1, 2, 1), dims=(16, 32, 48, 64)),
