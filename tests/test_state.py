@@ -71,6 +71,8 @@ def through_a_distributed_checkpoint(state, folder):
     return load
 
 
+# Of torch 2.6, which warns of one process where later versions save without a word.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable or uninitialized:UserWarning")
 WAYS = [through_a_file, through_safetensors, through_a_distributed_checkpoint]
 single_process = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 
