@@ -71,13 +71,14 @@ def through_a_distributed_checkpoint(state, folder):
     return load
 
 
-# Of torch 2.6, which warns of one process where later versions save without a word.
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable or uninitialized:UserWarning")
 WAYS = [through_a_file, through_safetensors, through_a_distributed_checkpoint]
-single_process = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+# Of torch alone: it warns of one process, and torch 2.6 of its own use of TypedStorage.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is .*unavailable or uninitialized:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
+]
 
 
-@single_process
 @every_mode
 @pytest.mark.parametrize("way", WAYS)
 def test_a_fresh_criterion_continues_from_a_saved_state(new_run, tmp_path, way, options):
@@ -89,7 +90,6 @@ def test_a_fresh_criterion_continues_from_a_saved_state(new_run, tmp_path, way, 
     assert resumed[1].step == 8
 
 
-@single_process
 @every_mode
 @pytest.mark.parametrize("way", WAYS)
 def test_a_state_from_before_the_first_step_loads(new_run, tmp_path, way, options):
@@ -116,7 +116,6 @@ def test_the_state_has_these_names(new_run):
     assert names["past"] == ["labels.past.table", "labels.step", "step"]
 
 
-@single_process
 def test_pytorchs_own_functions_on_state_dicts_take_the_criterion(new_run):
     straight, resumed = new_run(MODES["running"]), new_run(MODES["running"])
     train(straight, range(3))
@@ -140,7 +139,6 @@ def test_accelerate_saves_and_loads_a_prepared_criterion(new_run, tmp_path, opti
     accelerator.free_memory()
 
 
-@single_process
 @pytest.mark.parametrize("mode", ["class_mean", "past"])
 def test_where_the_classes_are_not_known_a_distributed_checkpoint_asks_for_their_number(tmp_path, mode):
     options = {"mode": mode, "num_samples": 8 if mode == "past" else None}
