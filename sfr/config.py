@@ -223,7 +223,7 @@ class SFRConfig:
     def _check_weight(self) -> None:
         check_number("warmup", self.warmup, 0, whole=True)
         if isinstance(self.weight, Mapping):  # a ramp that went through JSON
-            object.__setattr__(self, "weight", Ramp(**self.weight))
+            self._freeze("weight", Ramp(**self.weight))
         if not isinstance(self.weight, Ramp):
             check_number("weight", self.weight, 0)
         elif self.warmup:
