@@ -66,18 +66,18 @@ def looked_into(run: CellRun, arm: SelfFeature, indices: Tensor, weight: float) 
     before = {name: value.clone() for name, value in arm.state_dict().items() if isinstance(value, Tensor)}
     arm.train()
     logits = arm.model(run.batches.plain(indices))
-    features = arm.model.take_features(logits)
+    features = arm.model.sfr.take_features(logits)
     label = torch.nn.functional.cross_entropy(logits, run.train.labels[indices])
     pairs = {
-        pair: plan_facts(shallow, deep, arm.model.sfr_config.solver)
+        pair: plan_facts(shallow, deep, arm.model.sfr.config.solver)
         for pair, shallow, deep, _ in arm.criterion.matched_nodes(features)
     }
     feature = weight * torch.stack([facts["emd"] for facts in pairs.values()]).mean()
     stages = {
         name: {
             "rms": nodes.detach().square().mean().sqrt().item(),
-            "label_gradient": gradient_norm(label, arm.model.stage(name)),
-            "feature_gradient": gradient_norm(feature, arm.model.stage(name)),
+            "label_gradient": gradient_norm(label, arm.model.sfr.stage(name)),
+            "feature_gradient": gradient_norm(feature, arm.model.sfr.stage(name)),
         }
         for name, nodes in stage_nodes(arm, features).items()
     }
@@ -88,7 +88,7 @@ def looked_into(run: CellRun, arm: SelfFeature, indices: Tensor, weight: float) 
 
 def stage_nodes(arm: SelfFeature, features: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the nodes of every stage at the grid of the configuration."""
-    grid = arm.model.sfr_config.max_grid
+    grid = arm.model.sfr.config.max_grid
     return {
         name: to_nodes(*arm.criterion.map_of(name, feature), (grid, grid)).float() for name, feature in features.items()
     }

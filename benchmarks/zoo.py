@@ -178,7 +178,7 @@ def attempt(name: str, group: str, config: dict[str, Any]) -> Record:
     model = sfr.SFRWrapper(plain.train(), **config)
     criterion = sfr.SFRLoss(model)
     logits = logits_of(model(inputs))
-    features = model.take_features(logits)
+    features = model.sfr.take_features(logits)
     views = {stage: criterion.view_of(stage, feature) for stage, feature in features.items()}
     terms, _ = criterion._feature_terms(features)  # each alone, to see where it sends a gradient
     result = {
@@ -204,7 +204,7 @@ def gradients(terms: dict[str, Tensor], model: sfr.SFRWrapper) -> dict[str, floa
     norms = {}
     for stage in dict.fromkeys(pair.split(" <- ")[0] for pair in terms):
         term = torch.stack([value for pair, value in terms.items() if pair.startswith(f"{stage} <- ")]).sum()
-        parameters = list(model.stage(stage).parameters()) or list(model.parameters())
+        parameters = list(model.sfr.stage(stage).parameters()) or list(model.parameters())
         found = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
         norms[stage] = sum(float(gradient.norm()) ** 2 for gradient in found if gradient is not None) ** 0.5
     return norms

@@ -6,7 +6,7 @@ from sfr.criterion import LossParts, SFRLoss
 from sfr.labels import DynamicLabelSmoothing, smooth_labels
 from sfr.losses import EMDL2Loss, emd_l2
 from sfr.nodes import channel_segments
-from sfr.wrapper import SFRWrapper
+from sfr.wrapper import SFRWrapper, unwrap
 
 __version__ = "0.1.0"
 
@@ -22,4 +22,5 @@ __all__ = [
     "emd_l2",
     "smooth_labels",
     "transport",
+    "unwrap",
 ]

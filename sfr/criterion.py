@@ -19,10 +19,11 @@ from sfr.labels import DynamicLabelSmoothing, checked_target, cross_entropy
 from sfr.losses import emd_l2, relative_distance
 from sfr.nodes import Grid, View, as_map, common_grids, match_channels, spatial_shape, to_nodes
 from sfr.outputs import part_with_graph, the_logits
+from sfr.record import Record, known_record, record_of
 from sfr.stages import check_batches, resolve_pairs
 from sfr.state import TensorState
 from sfr.warn import warn_user
-from sfr.wrapper import SFRWrapper
+from sfr.wrapper import SFRWrapper, wrapped_in
 
 Terms: TypeAlias = tuple[dict[str, Tensor], dict[str, Tensor]]
 
@@ -172,8 +173,8 @@ class SFRLoss(TensorState):
         if label_loss is not None and not callable(label_loss):
             raise TypeError(f"label_loss must be a function of output and target, or None; got {label_loss!r}")
         # Past nn.Module's own __setattr__: the criterion does not own the model's parameters.
-        object.__setattr__(self, "_model", _wrapper_in(model))
-        config = self._model.sfr_config
+        object.__setattr__(self, "_model", wrapped_in(model))
+        config = known_record(self._model).config
         self.config = config
         self.labels = DynamicLabelSmoothing(
             mode=config.smoothing,
@@ -260,19 +261,20 @@ class SFRLoss(TensorState):
         return loss * ((target != IGNORE_INDEX).sum() / num_items_in_batch)
 
     def _loss(self, output: Any, target: Any, index: Tensor | None) -> Tensor:
-        recorder = self._model._recorder
-        if not self.training or not torch.is_grad_enabled() or self._model.disabled:
+        record = record_of(self._model) or Record(self.config)  # of an unwrapped model: without features
+        recorder = record.recorder
+        if not self.training or not torch.is_grad_enabled() or record.disabled:
             recorder.excuse()
             return self._plain(output, target)
-        if not self._model._records and not recorder.recorded:
+        if not record.records(self._model) and not recorder.recorded:
             self._warn_once("evaluation", EVALUATION)
             return self._plain(output, target)
-        if self._model._joining and self._exchanges():
+        if record.joining and self._exchanges():
             raise RuntimeError(JOINED)
         logits = the_logits(output) if self.label_loss is None else part_with_graph(output)
         terms: Terms | None = recorder.result_again(logits, self)  # as for the two labels of MixUp
         again = terms is not None
-        features = {} if again else self._model.take_features(logits)
+        features = {} if again else record.take_features(logits)
         self._label_step = self.labels.step = self._label_step if again else self.labels.step
         label = self.labels(logits, target, index) if self.label_loss is None else self._plain(output, target)
         self.step += not again
@@ -334,8 +336,8 @@ class SFRLoss(TensorState):
         """Return how a stage's output is read: as the configuration states, or else as seen or inferred."""
         if name not in self._views:
             try:
-                seen = self._model.stage_views.get(name)
-                self._views[name] = seen or assumed_view(self._model.stage(name), feature, self.config)
+                seen = (known_record(self._model).views or {}).get(name)
+                self._views[name] = seen or assumed_view(self._model.get_submodule(name), feature, self.config)
             except ValueError as error:
                 raise ValueError(f"stage {name!r} {error}") from None
         return self._views[name]
@@ -365,13 +367,13 @@ class SFRLoss(TensorState):
         """Yield for every pair of stages what the transport is between.
 
         Args:
-            features: stage outputs by name, from the shallowest on, as :meth:`sfr.SFRWrapper.take_features` gives them.
+            features: stage outputs by name, from the shallowest on, as :meth:`Record.take_features` gives them.
 
         Yields:
             "shallow <- deep"; the nodes of the two, (B * G, N, C) and (B * G, M, C), G problems an image
             (:func:`sfr.nodes.match_channels`); and (B,), which images have finite features.
         """
-        config, order = self.config, self._model._recorder.order
+        config, order = self.config, known_record(self._model).recorder.order
         names = order if features.keys() <= set(order) else list(features)
         device = next((each.device for each in reversed(features.values())), None)  # of a model spread over several
         maps = {name: self.map_of(name, feature) for name, feature in features.items()}
@@ -459,16 +461,6 @@ class SFRLoss(TensorState):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_last": None, "_nonfinite": None}
-
-
-def _wrapper_in(model: object) -> SFRWrapper:
-    """Return the SFRWrapper that `model` is, or that DDP, FSDP or torch.compile hold."""
-    inner: Any = model
-    while inner is not None and not isinstance(inner, SFRWrapper):
-        inner = getattr(inner, "module", getattr(inner, "_orig_mod", None))
-    if inner is None:
-        raise TypeError(f"SFRLoss needs an SFRWrapper: model = sfr.SFRWrapper(model); got {type(model).__name__}")
-    return inner
 
 
 def _width_of(model: nn.Module) -> int | None:

@@ -16,9 +16,10 @@ from sfr.criterion import LARGE_SHARE, LossParts, SFRLoss
 from sfr.measure import StepCost, compare_steps
 from sfr.nodes import cells, common_grids, match_channels, spatial_shape, to_nodes
 from sfr.outputs import logits_in
+from sfr.record import known_record
 from sfr.stages import resolve_pairs
 from sfr.transport import default_solver
-from sfr.wrapper import SFRWrapper, forward_arguments
+from sfr.wrapper import SelfFeatures, forward_arguments
 
 NO_CLASSES = (
     "the terms of the loss are not shown, because the output is no classes (fewer than two axes, or one column: a "
@@ -109,7 +110,7 @@ class Report:
         )
 
 
-def report(model: SFRWrapper, *example_input: Any, repeats: int = 5) -> Report:
+def report(model: nn.Module, *example_input: Any, repeats: int = 5) -> Report:
     """Run a few training steps on random labels and tell what SFR does and what it costs.
 
     Nothing is left behind: buffers, gradients, training mode and random state are put back. Under several processes
@@ -129,6 +130,7 @@ def report(model: SFRWrapper, *example_input: Any, repeats: int = 5) -> Report:
     Raises:
         TypeError: if the model's forward does not take such arguments, or it returns no floating-point tensor.
     """
+    record, disabled = known_record(model), SelfFeatures(model).disable
     args, kwargs = forward_arguments(model, example_input)
 
     def forward() -> Tensor:
@@ -148,14 +150,14 @@ def report(model: SFRWrapper, *example_input: Any, repeats: int = 5) -> Report:
             torch.randint(logits.shape[1], (len(logits), *logits.shape[2:])).to(logits.device) if has_classes else None
         )
         index = _some_index(criterion.config.num_samples, logits)
-        features = model.take_features(logits)
+        features = record.take_features(logits)
         stages, pairs = _describe(criterion, features)
 
         def step() -> None:
             criterion(forward(), target, index=index).backward()
 
         def plain_step() -> None:
-            with model.disable():
+            with disabled():
                 step()
 
         costs = compare_steps({"plain": plain_step, "sfr": step}, logits.device, repeats)
@@ -164,7 +166,7 @@ def report(model: SFRWrapper, *example_input: Any, repeats: int = 5) -> Report:
         solver = f"auto ({default_solver(logits.device)} on {logits.device.type})"
     loss = replace(criterion.last, weight=criterion.config.largest_weight) if has_classes else None
     notes = [] if has_classes else [NO_CLASSES]
-    notes += [f"left out: {stage}" for stage in model._left_out]
+    notes += [f"left out: {stage}" for stage in record.left_out]
     return Report(stages, pairs, loss, solver, costs["plain"], costs["sfr"], tuple(notes))
 
 
@@ -177,12 +179,12 @@ def _describe(criterion: SFRLoss, features: dict[str, Tensor]) -> tuple[tuple[St
     config, model = criterion.config, criterion.model
     views = {name: criterion.view_of(name, feature) for name, feature in features.items()}
     stages = tuple(
-        StageRow(name, type(model.stage(name)).__name__, tuple(feature.shape), views[name].layout, views[name].prefix)
-        for name, feature in features.items()
+        StageRow(name, type(model.get_submodule(name)).__name__, tuple(feature.shape), view.layout, view.prefix)
+        for (name, feature), view in zip(features.items(), views.values(), strict=True)
     )
     maps = {name: _of_one_image(*criterion.map_of(name, feature)) for name, feature in features.items()}
     pairs = []
-    order = model._recorder.order
+    order = known_record(model).recorder.order
     for i, j in resolve_pairs(config.pairs, order):
         if order[i] not in features or order[j] not in features:
             continue  # a stage that this forward skipped

@@ -50,7 +50,6 @@ class Recorder:
         self.features: dict[str, Tensor] = {}
         self.unused: dict[str, Tensor] = {}
         self.order: list[str] = []  # the stages from the shallowest on, as far as forwards have shown
-        self._owners: list[weakref.ref[object]] = []
         self._recorded = False  # whether there is a forward to use, maybe one that skipped all stages
         self._recording = False
         self._unused_in_a_row = 0
@@ -62,19 +61,10 @@ class Recorder:
         self._names: tuple[str, ...] = ()
         self._result: tuple[weakref.ref[Tensor], weakref.ref[object], Any] | None = None
 
-    def belong_to(self, owner: object) -> None:
-        """Work for an owner; with the last one gone the taps come off."""
-        self._owners.append(weakref.ref(owner))
-        weakref.finalize(owner, self._retire).atexit = False
-
     @property
-    def in_use(self) -> bool:
-        """Whether there is an owner that the features are for; not of a copy of the taps alone."""
-        return any(owner() is not None for owner in self._owners)
-
-    def _retire(self) -> None:
-        if not self.in_use:
-            self.detach()
+    def recording(self) -> bool:
+        """Whether a forward is being recorded."""
+        return self._recording
 
     def attach(self, stages: Mapping[str, nn.Module]) -> None:
         """Put a tap on each stage."""
@@ -209,7 +199,7 @@ class Recorder:
 
     def __getstate__(self) -> dict[str, Any]:
         # Features belong to one autograd graph: they can neither be copied nor pickled, and a copy has no use for them.
-        nothing: dict[str, Any] = {"features": {}, "unused": {}, "_result": None, "_owners": []}
+        nothing: dict[str, Any] = {"features": {}, "unused": {}, "_result": None}
         return self.__dict__ | nothing | {"_recording": False, "_recorded": False}
 
 

@@ -1,29 +1,25 @@
-"""SFRWrapper: a model whose stages are tapped, and that is otherwise the model itself."""
+"""SFRWrapper: makes a model record the outputs of its stages, in place."""
 
 from __future__ import annotations
 
 import dataclasses
-import gc
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from sfr.compiling import eager
 from sfr.config import SFRConfig, no_such_field
-from sfr.discovery import StageFinder
 from sfr.nodes import View
-from sfr.sightings import ancestors
-from sfr.stages import find_stages
-from sfr.taps import NEVER_FIRED_UNTIL_WARNING, WHY_SILENT, Recorder, Tap
+from sfr.record import RECORD, Record, known_record, record_of
+from sfr.wrapped_class import plain_class, swap_class, wrapped_class
 
 if TYPE_CHECKING:
     from sfr.report import Report
 
+Value = TypeVar("Value")
 
 NO_DATA_PARALLEL = (
     "nn.DataParallel copies the model to several GPUs for each forward, where no copy's features belong to the whole "
@@ -32,13 +28,110 @@ NO_DATA_PARALLEL = (
 )
 
 
+class SelfFeatures:
+    """``model.sfr``: what a wrapped model has besides its own.
+
+    Raises:
+        RuntimeError: from all but :meth:`unwrap`, if the model has been unwrapped meanwhile.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    @property
+    def _record(self) -> Record:
+        return known_record(self._model)
+
+    @property
+    def config(self) -> SFRConfig:
+        """The configuration of the wrapper and of the criterion made from it."""
+        return self._record.config
+
+    @property
+    def stage_names(self) -> tuple[str, ...] | None:
+        """Names of the tapped submodules; None before they are discovered."""
+        return self._record.stage_names
+
+    @property
+    def stage_views(self) -> Mapping[str, View]:
+        """How the output of each stage is read, as far as a watched forward has shown it."""
+        return self._record.views or {}
+
+    def stage(self, name: str) -> nn.Module:
+        """Return a tapped submodule by its name."""
+        return self._model.get_submodule(name)
+
+    @contextmanager
+    def disable(self) -> Iterator[None]:
+        """Switch self-feature regularization off: inside, the model is plain and the criterion is cross-entropy."""
+        record = self._record
+        before, record.disabled = record.disabled, True
+        try:
+            yield
+        finally:
+            record.disabled = before
+
+    @property
+    def disabled(self) -> bool:
+        """Whether the code runs inside :meth:`disable`."""
+        return self._record.disabled
+
+    def take_features(self, logits: Tensor) -> dict[str, Tensor]:
+        """Hand over the features of the last training forward, in forward order, and forget them.
+
+        Args:
+            logits: the output that the features must belong to.
+
+        Raises:
+            RuntimeError: if there are none, or the logits come from another forward, even in part.
+        """
+        return self._record.take_features(logits)
+
+    def report(self, *args: Any, **kwargs: Any) -> Report:
+        """Show what SFR does to this model and measure what it costs; see :func:`sfr.report.report`."""
+        from sfr.report import report
+
+        return report(self._model, *args, **kwargs)
+
+    def unwrap(self) -> nn.Module:
+        """Undo the wrapping and return the model."""
+        return unwrap(self._model)
+
+
+class GivesWay(Generic[Value]):
+    """An attribute of a wrapped model that gives way to one of that name that the model has itself."""
+
+    def __init__(self, get: Callable[[SelfFeatures], Value]) -> None:
+        self._get = get
+        self.__doc__ = get.__doc__
+
+    def __set_name__(self, _: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, model: None, cls: type) -> GivesWay[Value]: ...
+    @overload
+    def __get__(self, model: nn.Module, cls: type) -> Value: ...
+    def __get__(self, model: nn.Module | None, cls: type) -> GivesWay[Value] | Value:
+        if model is None:
+            return self
+        try:
+            # Parameters, buffers and submodules, and whatever the model's own __getattr__ finds.
+            own: Value = cls.__getattr__(model, self._name)  # type: ignore[attr-defined]
+            return own
+        except AttributeError:
+            return self._get(SelfFeatures(model))
+
+
 class SFRWrapper(nn.Module):
     """Wrap a model so that a training forward records the outputs of its stages for :class:`sfr.SFRLoss`.
 
-    The wrapper adds nothing to the model. It shares the model's own tables of parameters, buffers and submodules, so
-    that ``parameters()``, ``named_modules()`` and ``state_dict()`` carry the model's own names and load into the plain
-    model and back; attributes it does not have itself are read from and written to the model. In evaluation mode and
-    under ``torch.no_grad()`` nothing is recorded.
+    It returns the very model, which is wrapped in place: it gets a subclass of its own class, and stays what it was in
+    every other way, in its names, its ``state_dict()``, its attributes and what other libraries see of it. Besides its
+    own it has ``sfr`` (see :class:`SelfFeatures`), ``unwrap()``, and the short forms ``report()`` and ``disable()``;
+    each gives way to an attribute of that name that the model has itself (``model.sfr.unwrap()`` is
+    ``sfr.unwrap(model)`` then). In evaluation mode and under ``torch.no_grad()`` nothing is recorded, nor is a forward
+    that is called as ``model.forward(x)``. A model that is wrapped already is wrapped anew, with the new settings.
 
     Stages not named in the configuration are discovered, and how the outputs of stages are read (layout, class tokens)
     is seen: in a forward of `example_input` if given, else in the first training forward, at no extra cost. Under
@@ -55,41 +148,33 @@ class SFRWrapper(nn.Module):
         **overrides: fields of :class:`sfr.SFRConfig` that replace those of `config`.
 
     Raises:
-        TypeError: if `model` is no ``nn.Module``, `config` no configuration, or for an override that is no field of it.
-        ValueError: if the model is wrapped already or holds an ``nn.DataParallel`` over several GPUs, or a stage is
-            unknown, or there are fewer than two.
+        TypeError: if `model` is no ``nn.Module``, its class admits no subclass, `config` is no configuration, or for
+            an override that is no field of it.
+        ValueError: if a part of the model is wrapped already, or it holds an ``nn.DataParallel`` over several GPUs, or
+            a stage is unknown, or there are fewer than two.
 
     Example:
-        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU(), nn.Flatten())
-        >>> model = SFRWrapper(model, example_input=torch.zeros(1, 3, 16, 16))
-        >>> model.stage_names
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU(), nn.Flatten())
+        >>> model = SFRWrapper(net, example_input=torch.zeros(1, 3, 16, 16))
+        >>> model is net
+        True
+        >>> model.sfr.stage_names
         ('1', '3')
-        >>> type(model.unwrap()).__name__
-        'Sequential'
+        >>> isinstance(model, SFRWrapper), isinstance(model.unwrap(), SFRWrapper)
+        (True, False)
     """
 
-    _model: nn.Module
-    _config: SFRConfig
-    _recorder: Recorder
-    _stage_names: tuple[str, ...] | None
-    _views: dict[str, View] | None
-    _watches: int
-    _left_out: tuple[str, ...]
-    _disabled: bool
-    _joining: bool
-    _record_in_eval: bool
-    # Tells Hugging Face's Trainer that the forward takes no arguments but the model's: the loss is not computed there.
-    accepts_loss_kwargs = False
-
-    def __init__(
-        self,
-        model: nn.Module,
+    def __new__(
+        cls,
+        model: nn.Module | None = None,
         config: SFRConfig | Mapping[str, Any] | None = None,
         *,
         example_input: Any = None,
         record_in_eval: bool = False,
         **overrides: Any,
-    ) -> None:
+    ) -> SFRWrapper:
+        if cls is not SFRWrapper:
+            return super().__new__(cls)  # of a wrapped class: a copy, or type(model)(...)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
         if isinstance(model, torch.jit.ScriptModule):
@@ -97,240 +182,59 @@ class SFRWrapper(nn.Module):
         for name, module in model.named_modules():
             if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
                 raise ValueError(f"{NO_DATA_PARALLEL} It is at {name or 'the root'!r} of the model")
-            if isinstance(module, SFRWrapper) or _is_tapped(module):
+            if name and record_of(module) is not None:
                 raise ValueError(
-                    f"the model is wrapped already (at {name or 'its root'!r}); call unwrap() on that wrapper first"
+                    f"a part of the model is wrapped already, {name!r}: undo that first, with "
+                    f"sfr.unwrap(model.get_submodule({name!r})), or wrap no more than that part"
                 )
-        super().__init__()
-        self._parameters = model._parameters
-        self._buffers = model._buffers
-        self._modules = model._modules
-        self._non_persistent_buffers_set = model._non_persistent_buffers_set
-        self.training = model.training
-        # Past nn.Module's own __setattr__, which would make the model a submodule of itself.
-        object.__setattr__(self, "_model", model)
-        self._config = _configuration(config, overrides)
-        self._record_in_eval = record_in_eval
-        self._recorder = Recorder()
-        self._recorder.belong_to(self)
-        self._stage_names = None
-        self._views, self._watches = None, 0
-        self._left_out = ()
-        self._disabled = False
-        self._joining = False
-        if self._config.stages is not None:
-            self._tap(find_stages(model, self._config.stages))
-        if example_input is not None:
-            self._discover_from(example_input)
-
-    @property
-    def sfr_config(self) -> SFRConfig:
-        """The configuration of the wrapper and of the criterion made from it."""
-        return self._config
-
-    @property
-    def stage_names(self) -> tuple[str, ...] | None:
-        """Names of the tapped submodules; None before they are discovered."""
-        return self._stage_names
-
-    @property
-    def stage_views(self) -> Mapping[str, View]:
-        """How the output of each stage is read, as far as a watched forward has shown it."""
-        return self._views or {}
-
-    def stage(self, name: str) -> nn.Module:
-        """Return a tapped submodule by its name."""
-        return self._model.get_submodule(name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model; in a training forward with gradient, record the outputs of its stages."""
-        if not torch.compiler.is_compiling():
-            # Of DDP inside model.join(), which the criterion cannot see by itself.
-            self._joining = _is_joining()
-        if self._disabled or not self._records or not torch.is_grad_enabled():
-            self._recorder.abort()
-            return self._model(*args, **kwargs)
-        if self._is_to_be_watched():
-            # PyTorch's error shows the next line, with its hint, if torch.compile must not leave the graph.
-            return self._discovering_forward(*args, **kwargs)  # with fullgraph=True pass example_input= or stages=
-        return self._recorded_forward(*args, **kwargs)
-
-    def _is_to_be_watched(self) -> bool:
-        """Whether the stages are unknown, or how their outputs are read; of those that were skipped, not for ever."""
-        if torch.compiler.is_compiling():
-            return self._views is None and self._stage_names is None
-        if self._views is None:
-            return True
-        return self._watches < NEVER_FIRED_UNTIL_WARNING and len(self._views) < len(self._stage_names or ())
-
-    @property
-    def _records(self) -> bool:
-        """Whether the model is in a mode in which forwards with gradient are recorded."""
-        return self._model.training or self._record_in_eval
-
-    def _recorded_forward(self, *args: Any, **kwargs: Any) -> Any:
-        self._recorder.begin()
+        record = Record(_configuration(config, overrides), record_in_eval)
+        example = None if example_input is None else forward_arguments(model, (example_input,))
+        outer = wrapped_class(plain_class(type(model), SFRWrapper), SFRWrapper)
         try:
-            output = self._model(*args, **kwargs)
+            record.start(model, *(example or (None, {})))
         except BaseException:
-            self._recorder.abort()
+            record.recorder.detach()
             raise
-        self._recorder.end()
-        if not torch.compiler.is_compiling():
-            self._check_silence()
-        return output
+        vars(unwrap(model))[RECORD] = record
+        return swap_class(model, outer)  # type: ignore[return-value]
 
-    def _check_silence(self, called: Collection[str] = ()) -> None:
-        """Raise an error that names the stages that did not fire and never will, as far as can be told.
-
-        Args:
-            called: names of the modules that were called in the forward, if it was watched.
-        """
-        lost = [name for name in self._recorder.silent_stages() if name not in called and self._is_lost(name, called)]
-        if lost:
-            self._recorder.abort()
-            raise RuntimeError(f"stage(s) {lost} did not fire in this forward: {WHY_SILENT}")
-
-    def _is_lost(self, name: str, called: Collection[str]) -> bool:
-        """Whether a stage that did not fire was replaced, run in parts, or compiled before it was tapped."""
-        modules = dict(self._model.named_modules())
-        hooks = modules[name]._forward_hooks.values() if name in modules else ()
-        if not any(isinstance(hook, Tap) and hook.recorder is self._recorder for hook in hooks):
-            return True
-        if called:
-            return any(name in ancestors(part) for part in called)
-        around = (modules[outer] for outer in ("", name, *ancestors(name)) if outer in modules)
-        return not self._recorder.has_fired(name) and any(map(_is_compiled, around))
-
-    def take_features(self, logits: Tensor) -> dict[str, Tensor]:
-        """Hand over the features of the last training forward, in forward order, and forget them.
-
-        Args:
-            logits: the output that the features must belong to.
-
-        Raises:
-            RuntimeError: if there are none, or the logits come from another forward, even in part.
-        """
-        if not self._recorder.recorded:
-            raise RuntimeError(
-                "no features are recorded. The criterion needs a forward of the wrapped model (not of the plain or "
-                "unwrapped one) in training mode and with gradient just before it. It may be called again, as for the "
-                "two labels of MixUp, only with the very same logits and before the next forward. For a validation "
-                "loss call criterion.eval(), or compute it under torch.no_grad()."
-            )
-        features = self._recorder.take(logits)
-        if features is None:
-            raise RuntimeError(
-                "the logits do not come from the last training forward of the wrapped model alone, whose features are "
-                "recorded; call the criterion right after each forward, with its output, and add the losses"
-            )
-        return features
-
-    @contextmanager
-    def disable(self) -> Iterator[None]:
-        """Switch self-feature regularization off: inside, the model is plain and the criterion is cross-entropy."""
-        before, self._disabled = self._disabled, True
-        try:
-            yield
-        finally:
-            self._disabled = before
-
-    @property
-    def disabled(self) -> bool:
-        """Whether the code runs inside :meth:`disable`."""
-        return self._disabled
-
-    def unwrap(self) -> nn.Module:
-        """Take the taps off and return the very model that was wrapped."""
-        self._recorder.detach()
-        self._stage_names, self._views = (), {}
-        return self._model
-
-    def report(self, *args: Any, **kwargs: Any) -> Report:
-        """Show what SFR does to this model and measure what it costs; see :func:`sfr.report.report`."""
-        from sfr.report import report
-
-        return report(self, *args, **kwargs)
-
-    def _tap(self, stages: Mapping[str, nn.Module]) -> None:
-        self._recorder.attach(stages)
-        self._stage_names = tuple(stages)
-
-    @eager
-    def _discovering_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the first training forward and watch it."""
-        named = self._stage_names is not None
-        with StageFinder(self._model, self._config, self._stage_names or (), keep=True) as finder:
-            output = self._recorded_forward(*args, **kwargs) if named else self._model(*args, **kwargs)
-        if named:
-            self._check_silence(finder.called)
-        features = self._learn_from(finder)
-        self._recorder.note_watched(None if named else features)
-        return output
-
-    def _learn_from(self, finder: StageFinder) -> dict[str, Tensor]:
-        """Take over what a watched forward has shown, and return the features of the stages it was to find."""
-        found = finder.found() if self._stage_names is None else {}
-        if found:
-            self._tap({name: stage.module for name, stage in found.items()})
-        self._views = (self._views or {}) | finder.views(self._stage_names or ())
-        self._watches += 1
-        self._left_out = finder.left_out()
-        return {name: stage.feature for name, stage in found.items() if stage.feature is not None}
-
-    def _discover_from(self, example_input: Any) -> None:
-        args, kwargs = forward_arguments(self, (example_input,))
-        modes = [(module, module.training) for module in self._model.modules()]
-        try:
-            self._model.eval()
-            with torch.no_grad(), StageFinder(self._model, self._config, self._stage_names or ()) as finder:
-                self._model(*args, **kwargs)
-        finally:
-            for module, mode in modes:
-                module.training = mode
-        self._check_silence(finder.called)
-        self._learn_from(finder)
-
-    # What follows makes the wrapper indistinguishable from the model to the code around it.
-
-    def train(self, mode: bool = True) -> SFRWrapper:
-        self._model.train(mode)
-        self.training = mode
-        return self
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return self._model.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return self._model.load_state_dict(*args, **kwargs)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._recorder.belong_to(self)
+    sfr = GivesWay(lambda features: features)
+    unwrap = GivesWay(lambda features: features.unwrap)
+    report = GivesWay(lambda features: features.report)
+    disable = GivesWay(lambda features: features.disable)
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         # nn.DataParallel would go on to put the parts of its copies into the model itself.
         raise RuntimeError(NO_DATA_PARALLEL)
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "_model":  # not there yet while copy and pickle build the object
-            raise AttributeError(name)
-        return getattr(self._model, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "training" and "_model" in self.__dict__:
-            # Code that sets the mode of one module after the other does not see the model, only its children.
-            self._model.training = value
-        if name.startswith("_") or name in self.__dict__ or hasattr(type(self), name):
-            super().__setattr__(name, value)
-        else:
-            setattr(self._model, name, value)
+def unwrap(model: nn.Module) -> nn.Module:
+    """Undo the wrapping of a model, and return it; a model that is not wrapped is returned as it is."""
+    record = vars(model).pop(RECORD, None)
+    if record is None:
+        return model
+    record.recorder.detach()
+    swap_class(model, plain_class(type(model), SFRWrapper))
+    if isinstance(model, torch.fx.GraphModule):
+        model.recompile()  # its code lies in its class, and may have been put into the one it had meanwhile
+    return model
 
-    def __delattr__(self, name: str) -> None:
-        if name in self.__dict__:
-            super().__delattr__(name)
-        else:
-            delattr(self._model, name)
+
+def wrapped_in(model: object) -> SFRWrapper:
+    """Return the wrapped model that `model` is, or that DDP, FSDP, torch.compile, PEFT or any module hold.
+
+    Raises:
+        TypeError: if there is none.
+        ValueError: if there are several, naming them.
+    """
+    parts = model.named_modules() if isinstance(model, nn.Module) else ()
+    found = {name: module for name, module in parts if record_of(module) is not None}
+    if not found:
+        raise TypeError(f"SFRLoss needs an SFRWrapper: model = sfr.SFRWrapper(model); got {type(model).__name__}")
+    if len(found) > 1:
+        names = ", ".join(repr(name) for name in found)
+        raise ValueError(f"{type(model).__name__} holds several wrapped models, {names}: pass one of them")
+    return next(iter(found.values()))
 
 
 def _configuration(config: object, overrides: dict[str, Any]) -> SFRConfig:
@@ -350,27 +254,11 @@ def _configuration(config: object, overrides: dict[str, Any]) -> SFRConfig:
     return dataclasses.replace(config, **overrides)
 
 
-def _is_tapped(module: nn.Module) -> bool:
-    """Whether a wrapper that is still in use taps a module; the taps of one that is gone are taken off."""
-    taps = {key: hook for key, hook in module._forward_hooks.items() if isinstance(hook, Tap)}
-    if any(hook.recorder.in_use for hook in taps.values()):
-        gc.collect()  # the wrapper may be gone but for a cycle, as with a traceback
-    for key, hook in taps.items():
-        if not hook.recorder.in_use:
-            module._forward_hooks.pop(key, None)
-    return any(hook.recorder.in_use for hook in taps.values())
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether a module was compiled, in place or as the inner one of what ``torch.compile`` returns."""
-    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
-
-
-def forward_arguments(model: SFRWrapper, example_input: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def forward_arguments(model: nn.Module, example_input: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Turn an example input into the positional and keyword arguments of a forward.
 
     Args:
-        model: the wrapped model.
+        model: the model.
         example_input: the arguments one by one, or one tuple, list or dict of them.
 
     Raises:
@@ -382,7 +270,7 @@ def forward_arguments(model: SFRWrapper, example_input: tuple[Any, ...]) -> tupl
         kwargs = dict(only) if isinstance(only, Mapping) else {}
         args = () if kwargs else tuple(only) if isinstance(only, (tuple, list)) else (only,)
     try:
-        signature = inspect.signature(model._model.forward)
+        signature = inspect.signature(model.forward)
     except ValueError:
         return args, kwargs
     try:
@@ -394,9 +282,3 @@ def forward_arguments(model: SFRWrapper, example_input: tuple[Any, ...]) -> tupl
             "your loop calls the model with, as in model.report(x): of a batch (images, labels), the images alone"
         ) from None
     return args, kwargs
-
-
-def _is_joining() -> bool:
-    """Whether the code runs in the forward of a DDP model inside its ``join()``."""
-    active = DistributedDataParallel._active_ddp_module
-    return active is not None and active._join_config.enable

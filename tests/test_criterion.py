@@ -29,7 +29,7 @@ def build(make_net, batch):
 def test_the_loss_is_the_label_term_and_the_mean_over_pairs_of_emd_l2(build, batch, grouping):
     model, criterion = build(weight=0.3, max_grid=2, cost="sqeuclidean", grouping=grouping)
     logits = model(batch[0])
-    maps = [F.adaptive_avg_pool2d(feature, 2) for feature in model._recorder.features.values()]
+    maps = [F.adaptive_avg_pool2d(feature, 2) for feature in model._sfr.recorder.features.values()]
     nodes = [feature.flatten(2).transpose(1, 2) for feature in maps]
     terms = []
     for shallow, deep in ((0, 1), (0, 2), (1, 2)):
@@ -97,7 +97,7 @@ def test_a_map_can_supervise_one_of_fewer_nodes():
 def test_nodes_of_a_model_spread_over_devices_meet_where_its_last_stage_is(build, batch):
     model, criterion = build()
     model(batch[0])
-    features = model._recorder.features | {"5": torch.empty(8, 32, 4, 4, device="meta")}
+    features = model._sfr.recorder.features | {"5": torch.empty(8, 32, 4, 4, device="meta")}
     for _, shallow, deep, finite in criterion.matched_nodes(features):
         assert {part.device.type for part in (shallow, deep, finite)} == {"meta"}
 
@@ -359,8 +359,8 @@ def test_nonfinite_features_of_one_image_warn_once_and_spare_the_others(make_net
     sound = criterion.last.feature
 
     def spoil(model):
-        feature = model._recorder.features["1"]
-        model._recorder.features["1"] = torch.cat([torch.full_like(feature[:1], value), feature[1:]])
+        feature = model._sfr.recorder.features["1"]
+        model._sfr.recorder.features["1"] = torch.cat([torch.full_like(feature[:1], value), feature[1:]])
 
     losses = []
     for _ in range(2):

@@ -280,10 +280,10 @@ MODELS = {
 
 
 def check(model, stages, views):
-    names = model.stage_names
+    names = model.sfr.stage_names
     assert len(names) == len(stages), names
     assert all(map(re.fullmatch, stages, names)), names
-    assert [model.stage_views[name] for name in names] == views
+    assert [model.sfr.stage_views[name] for name in names] == views
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -300,7 +300,7 @@ def test_any_model_trains_without_an_argument(kind):
     feature_term = loss - F.cross_entropy(logits, target)
     gradients = torch.autograd.grad(feature_term, list(model.parameters()), allow_unused=True)
     assert any(gradient.abs().sum() > 0 for gradient in gradients if gradient is not None)
-    names = model.stage_names
+    names = model.sfr.stage_names
     criterion(logits_of(model(x)), target).backward()  # now from the taps
     assert list(criterion.last.pairs) == [f"{a} <- {b}" for i, a in enumerate(names) for b in names[i + 1 :]]
 

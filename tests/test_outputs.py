@@ -106,6 +106,6 @@ def test_stages_training_and_report_are_those_of_the_model_that_returns_its_logi
     model = sfr.SFRWrapper(Packing(plain, pack), smoothing="none")
     criterion = sfr.SFRLoss(model)
     criterion(model(batch[0]), batch[1]).backward()
-    assert model.stage_names == ("net.1", "net.3", "net.5")
+    assert model.sfr.stage_names == ("net.1", "net.3", "net.5")
     torch.testing.assert_close(criterion.last.label, expected.detach())
     assert "on random labels" in str(model.report(batch[0], repeats=1))

@@ -42,7 +42,7 @@ def test_the_other_snippets_run_on_a_wrapped_model(capsys):
     exec(SNIPPETS[3], names)
     names["model"] = names["model"].unwrap()
     exec(SNIPPETS[2], names)
-    assert names["model"].sfr_config.pairs == "last"
+    assert names["model"].sfr.config.pairs == "last"
 
 
 def test_the_snippet_of_past_predictions_remembers_every_image():
@@ -51,4 +51,4 @@ def test_the_snippet_of_past_predictions_remembers_every_image():
     exec(SNIPPETS[4], names)
     names["loss"].backward()
     assert (names["criterion"].labels.past.table.sum(dim=1) > 0).all()
-    assert names["model"].sfr_config.alpha_steps == 3
+    assert names["model"].sfr.config.alpha_steps == 3

@@ -178,8 +178,8 @@ def test_finite_features_of_any_size_give_a_finite_loss_and_gradient(make_net, b
     criterion = sfr.SFRLoss(model)
     logits = model(batch[0])
     # The gradient of the huge features themselves is let go of, so that only the term is looked at.
-    huge = model._recorder.features["1"].detach().bfloat16() * size
-    model._recorder.features["1"] = huge.requires_grad_()
+    huge = model._sfr.recorder.features["1"].detach().bfloat16() * size
+    model._sfr.recorder.features["1"] = huge.requires_grad_()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # squares of these are not finite: such images are left out, with a warning
         loss = criterion(logits, batch[1])

@@ -26,17 +26,17 @@ TORCHVISION_STAGES = {
 @pytest.mark.parametrize("name", TORCHVISION_STAGES)
 def test_the_last_block_at_each_resolution_is_a_stage(name):
     model = sfr.SFRWrapper(getattr(models, name)(num_classes=4), example_input=torch.zeros(1, 3, 64, 64))
-    assert model.stage_names == TORCHVISION_STAGES[name]
+    assert model.sfr.stage_names == TORCHVISION_STAGES[name]
 
 
 def test_the_first_training_forward_discovers_the_stages_of_an_example_input(make_net, batch):
     plain = make_net()
     from_example = sfr.SFRWrapper(plain, example_input=batch[0])
-    names = from_example.stage_names
+    names = from_example.sfr.stage_names
     lazy = sfr.SFRWrapper(from_example.unwrap())
-    assert lazy.stage_names is None
+    assert lazy.sfr.stage_names is None
     lazy(batch[0])
-    assert lazy.stage_names == names == ("1", "3", "5")
+    assert lazy.sfr.stage_names == names == ("1", "3", "5")
 
 
 def test_a_backbone_inside_a_larger_model_is_looked_into():
@@ -49,7 +49,7 @@ def test_a_backbone_inside_a_larger_model_is_looked_into():
             return self.backbone(image)
 
     model = sfr.SFRWrapper(Net(), example_input=torch.zeros(1, 3, 64, 64))
-    assert model.stage_names == tuple(f"backbone.{name}" for name in TORCHVISION_STAGES["resnet18"])
+    assert model.sfr.stage_names == tuple(f"backbone.{name}" for name in TORCHVISION_STAGES["resnet18"])
 
 
 def test_three_dimensional_convolutions_have_stages_too():
@@ -57,7 +57,7 @@ def test_three_dimensional_convolutions_have_stages_too():
     model = sfr.SFRWrapper(net)
     logits = model(torch.randn(2, 1, 8, 8, 8))
     sfr.SFRLoss(model)(logits, torch.tensor([0, 1])).backward()
-    assert model.stage_names == ("0", "1")
+    assert model.sfr.stage_names == ("0", "1")
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_model_whose_stages_cannot_be_found_works_with_those_named(batch):
         sfr.SFRWrapper(net, example_input=batch[0])
     model = sfr.SFRWrapper(net, stages=["1", "2"])
     train(model, batch[0])
-    assert model.stage_views == {"1": View("vector"), "2": View("vector")}
+    assert model.sfr.stage_views == {"1": View("vector"), "2": View("vector")}
 
 
 def test_a_layout_that_cannot_be_told_can_be_stated(batch):
@@ -91,17 +91,17 @@ def test_a_layout_that_cannot_be_told_can_be_stated(batch):
     for layout, expected in (("auto", "channels_first"), ("channels_last", "channels_last")):
         model = sfr.SFRWrapper(net, stages=["body.0", "body.1"], layout=layout)
         train(model, batch[0])
-        assert model.stage_views["body.1"] == View(expected)
+        assert model.sfr.stage_views["body.1"] == View(expected)
         model.unwrap()
 
 
 def test_stages_can_be_named(make_net):
-    assert sfr.SFRWrapper(make_net(), stages=["0", "4"]).stage_names == ("0", "4")
+    assert sfr.SFRWrapper(make_net(), stages=["0", "4"]).sfr.stage_names == ("0", "4")
 
 
 def test_stages_can_be_a_regular_expression():
     model = sfr.SFRWrapper(models.resnet18(), stages=r"layer[124]")
-    assert model.stage_names == ("layer1", "layer2", "layer4")
+    assert model.sfr.stage_names == ("layer1", "layer2", "layer4")
 
 
 def test_an_unknown_stage_is_an_error_that_lists_near_names():
@@ -221,7 +221,7 @@ class Quantised(nn.Module):
 def test_integer_and_boolean_outputs_are_no_stages(batch):
     model = sfr.SFRWrapper(Quantised())
     train(model, batch[0])
-    assert model.stage_names == ("conv1", "conv2")
+    assert model.sfr.stage_names == ("conv1", "conv2")
 
 
 def test_stages_hold_for_images_of_other_sizes():
@@ -229,13 +229,13 @@ def test_stages_hold_for_images_of_other_sizes():
     for size in ((64, 64), (96, 64), (128, 160)):
         loss, _ = train(model, torch.randn(2, 3, *size))
         assert loss.isfinite()
-    assert model.stage_names == TORCHVISION_STAGES["resnet18"]
+    assert model.sfr.stage_names == TORCHVISION_STAGES["resnet18"]
 
 
 def test_tokens_of_images_of_other_sizes_lose_the_same_prefix():
     vit = VisionTransformer(32, 8, embed_dim=16, depth=2, num_heads=2, num_classes=10, dynamic_img_size=True)
     model = sfr.SFRWrapper(vit, example_input=torch.zeros(1, 3, 32, 32))
-    assert model.stage_views["blocks.1"] == View("tokens", 1, (4, 4))
+    assert model.sfr.stage_views["blocks.1"] == View("tokens", 1, (4, 4))
     for size, nodes in ((32, 16), (24, 9), (48, 16)):
         report = model.report(torch.randn(2, 3, size, size), repeats=1)
         assert report.pairs[0].nodes == (nodes, nodes)
@@ -247,7 +247,7 @@ def test_a_module_called_more_than_once_is_not_discovered(batch):
     first = nn.Conv2d(3, 8, 3, 2, 1)
     model = sfr.SFRWrapper(Classifier(first, shared, shared, last))
     train(model, batch[0])
-    assert model.stage_names == ("body.0", "body")
+    assert model.sfr.stage_names == ("body.0", "body")
 
 
 def test_a_shared_module_named_by_its_second_name_is_an_error_that_names_the_first():
@@ -285,7 +285,7 @@ def test_branches_that_do_not_lead_to_the_logits_are_no_stages(batch):
 
     model = sfr.SFRWrapper(Branched())
     sfr.SFRLoss(model)(model(batch[0])[0], batch[1]).backward()
-    assert model.stage_names == ("trunk1", "trunk2")
+    assert model.sfr.stage_names == ("trunk1", "trunk2")
 
 
 def test_attention_maps_and_pooled_maps_inside_a_block_are_no_stages(batch):
@@ -303,13 +303,13 @@ def test_attention_maps_and_pooled_maps_inside_a_block_are_no_stages(batch):
 
     model = sfr.SFRWrapper(Classifier(nn.Conv2d(3, 8, 3, padding=1), Block(2), Block(2)))
     train(model, batch[0])
-    assert model.stage_names == ("body.0", "body.1", "body")
+    assert model.sfr.stage_names == ("body.0", "body.1", "body")
 
 
 def test_resolutions_that_differ_by_a_border_are_one_level(batch):
     model = sfr.SFRWrapper(Classifier(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, 2)))
     train(model, batch[0])
-    assert model.stage_names == ("body.1", "body")
+    assert model.sfr.stage_names == ("body.1", "body")
 
 
 class Block(nn.Module):
@@ -331,7 +331,7 @@ def test_a_few_equal_blocks_do_not_hide_the_other_resolutions(batch):
     body = nn.Conv2d(3, 8, 3, 1, 1), conv(1), conv(2), Block(conv(1)), Block(conv(1)), conv(2), conv(1)
     model = sfr.SFRWrapper(Classifier(*body))
     train(model, batch[0])
-    assert model.stage_names == ("body.1", "body.4", "body")
+    assert model.sfr.stage_names == ("body.1", "body.4", "body")
 
 
 def test_of_blocks_inside_one_another_the_outer_ones_are_stages(batch):
@@ -341,7 +341,7 @@ def test_of_blocks_inside_one_another_the_outer_ones_are_stages(batch):
     net = nn.Sequential(nn.Flatten(), nn.Linear(768, 32), block(), block(), nn.Linear(32, 10))
     model = sfr.SFRWrapper(net)
     train(model, batch[0])
-    assert model.stage_names == ("2", "3")
+    assert model.sfr.stage_names == ("2", "3")
 
 
 def test_a_block_of_several_outputs_is_looked_into(batch):
@@ -361,7 +361,7 @@ def test_a_block_of_several_outputs_is_looked_into(batch):
 
     model = sfr.SFRWrapper(Net())
     train(model, batch[0])
-    assert model.stage_names == ("block1.layer", "block2.layer")
+    assert model.sfr.stage_names == ("block1.layer", "block2.layer")
 
 
 def test_merged_tokens_keep_their_prefix():
@@ -379,14 +379,14 @@ def test_merged_tokens_keep_their_prefix():
 
     model = sfr.SFRWrapper(Merging())
     train(model, torch.randn(2, 3, 16, 16))
-    assert model.stage_views == {"blocks.0": View("tokens", 1, (4, 4)), "blocks.1": View("tokens", 1, (4, 4))}
+    assert model.sfr.stage_views == {"blocks.0": View("tokens", 1, (4, 4)), "blocks.1": View("tokens", 1, (4, 4))}
 
 
 def test_layers_at_one_resolution_are_stages_evenly_spaced_in_depth(batch):
     body = [part for _ in range(9) for part in (nn.LazyConv2d(8, 3, padding=1), nn.ReLU())]
     model = sfr.SFRWrapper(Classifier(*body), example_input=batch[0])
-    assert model.stage_names == ("body.3", "body.7", "body.11", "body")
-    assert len(model.stage_names) == STAGES_IN_DEPTH
+    assert model.sfr.stage_names == ("body.3", "body.7", "body.11", "body")
+    assert len(model.sfr.stage_names) == STAGES_IN_DEPTH
 
 
 @pytest.mark.parametrize("stages", [None, r"blocks\.."])
@@ -394,7 +394,7 @@ def test_a_stated_number_of_prefix_tokens_wins(stages):
     vit = VisionTransformer(32, 8, embed_dim=16, depth=2, num_heads=2, num_classes=10)
     model = sfr.SFRWrapper(vit, stages=stages, prefix_tokens=8)
     train(model, torch.randn(2, 3, 32, 32))
-    assert model.stage_views["blocks.0"] == View("tokens", 8, (4, 4))
+    assert model.sfr.stage_views["blocks.0"] == View("tokens", 8, (4, 4))
 
 
 def test_more_prefix_tokens_than_tokens_are_an_error_that_names_the_stage():
@@ -408,7 +408,7 @@ def test_named_stages_lose_their_prefix_tokens_too():
     vit = VisionTransformer(32, 8, embed_dim=16, depth=3, num_heads=2, num_classes=10)
     model = sfr.SFRWrapper(vit, stages=["blocks.0", "blocks.2"])
     train(model, torch.randn(2, 3, 32, 32))
-    assert list(model.stage_views.values()) == [View("tokens", 1, (4, 4))] * 2
+    assert list(model.sfr.stage_views.values()) == [View("tokens", 1, (4, 4))] * 2
 
 
 def test_the_view_of_a_forward_that_nobody_watched_is_inferred_or_an_error_that_says_what_to_state():
@@ -482,9 +482,9 @@ def feature_terms(model, x):
 def test_tokens_with_the_batch_second_are_read_as_those_with_the_batch_first(block, images, options):
     model = sfr.SFRWrapper(Clip(block), **options)
     shuffled = feature_terms(model, torch.randn(images, 3, 16, 16))
-    assert model.stage_views == {f"blocks.{k}": View("sequence_first", 1, (4, 4)) for k in range(3)}
+    assert model.sfr.stage_views == {f"blocks.{k}": View("sequence_first", 1, (4, 4)) for k in range(3)}
     torch.testing.assert_close(*shuffled)
-    features = {name: torch.randn(17, images, 16) for name in model.stage_names}
+    features = {name: torch.randn(17, images, 16) for name in model.sfr.stage_names}
     swapped = {name: feature.transpose(0, 1) for name, feature in features.items()}
     criterion = sfr.SFRLoss(model)
     terms = criterion._feature_terms(features)
@@ -502,7 +502,7 @@ def test_a_first_batch_as_large_as_the_sequence_is_read_right_or_an_error(option
         sfr.SFRWrapper(unclear, **options)(x)
     stated = sfr.SFRWrapper(Clip(BLOCKS["PyTorch's attention"]), layout="sequence_first", **options)
     torch.testing.assert_close(*feature_terms(stated, x))
-    assert stated.stage_views["blocks.1"] == View("sequence_first", 1, (4, 4))
+    assert stated.sfr.stage_views["blocks.1"] == View("sequence_first", 1, (4, 4))
 
 
 def test_tokens_with_the_batch_first_are_read_so_whatever_their_layers_say():
@@ -523,7 +523,7 @@ def test_tokens_with_the_batch_first_are_read_so_whatever_their_layers_say():
                 model(torch.randn(images, 3, 16, 16))
         else:
             torch.testing.assert_close(*feature_terms(model, torch.randn(images, 3, 16, 16)))
-            assert model.stage_views["blocks.0"] == View("tokens", 0, (4, 4))
+            assert model.sfr.stage_views["blocks.0"] == View("tokens", 0, (4, 4))
         model.unwrap()
 
 
@@ -559,7 +559,7 @@ def test_sequences_that_come_in_with_the_batch_second_are_read_so():
         model = sfr.SFRWrapper(Tagger())
         logits = model(torch.randint(0, 50, (length, images)))
         sfr.SFRLoss(model)(logits, torch.arange(images)).backward()
-        assert set(model.stage_views.values()) == {View("sequence_first")}
+        assert set(model.sfr.stage_views.values()) == {View("sequence_first")}
         model.unwrap()
 
 
@@ -617,7 +617,7 @@ def test_an_expression_that_matches_only_the_ends_of_names_is_an_error_that_says
     with pytest.raises(ValueError, match=message) as error:
         sfr.SFRWrapper(Net(), stages=r"layer[1-4]")
     advised = str(error.value).split("stages=r'")[1].split("'")[0]
-    assert sfr.SFRWrapper(Net(), stages=advised).stage_names == tuple(f"backbone.layer{k}" for k in (1, 2, 3, 4))
+    assert sfr.SFRWrapper(Net(), stages=advised).sfr.stage_names == tuple(f"backbone.layer{k}" for k in (1, 2, 3, 4))
 
 
 def test_too_few_stages_are_an_error_that_gives_the_reason():

@@ -21,7 +21,7 @@ def hooks_of(model):
 
 
 def features_of(model):
-    return model._recorder.features
+    return model._sfr.recorder.features
 
 
 @pytest.fixture
@@ -83,13 +83,17 @@ def test_parameters_of_the_models_own_root_are_shared(batch):
     assert dict(model.named_parameters())["scale"] is plain.scale
 
 
-def test_unwrap_returns_the_same_object_without_hooks(net, batch):
+def test_unwrap_returns_the_same_object_without_hooks(net, make_net, batch):
     model = sfr.SFRWrapper(net)
     model(batch[0])
     assert hooks_of(net)
+    kind = type(model)
     assert model.unwrap() is net
     assert not hooks_of(net)
-    assert not features_of(model)
+    assert type(net) is nn.Sequential
+    assert kind is not nn.Sequential
+    assert vars(net).keys() == vars(make_net()).keys()
+    assert sfr.unwrap(net) is net  # of a plain model there is nothing to undo
 
 
 @pytest.mark.parametrize("stages", [None, ["1", "3"]], ids=["discovering", "named"])
@@ -212,12 +216,34 @@ def test_attributes_are_read_from_and_written_to_the_model():
         _ = model.no_such
 
 
-def test_a_model_wrapped_twice_is_an_error(net, batch):
-    model = sfr.SFRWrapper(net, example_input=batch[0])
-    for again in (model, net, nn.Sequential(model)):
-        with pytest.raises(ValueError, match="wrapped already"):
-            sfr.SFRWrapper(again)
-    sfr.SFRWrapper(model.unwrap(), example_input=batch[0])
+def test_a_model_wrapped_again_has_the_new_settings(net, batch):
+    for options in ({}, {"stages": ["1", "3"]}, {"example_input": batch[0], "weight": 1.0}):
+        model = sfr.SFRWrapper(net, **options)
+        criterion = sfr.SFRLoss(model)
+        criterion(model(batch[0]), batch[1]).backward()
+        assert model is net
+        assert len(hooks_of(net)) == len(criterion.model.sfr.stage_names)
+    assert model.sfr.config.weight == 1.0
+    assert type(model).__mro__.count(sfr.SFRWrapper) == 1
+
+
+def test_settings_that_are_refused_leave_the_wrapping_of_before(net, batch):
+    model = sfr.SFRWrapper(net, stages=["1", "3"])
+    with pytest.raises(ValueError, match="no stage"):
+        sfr.SFRWrapper(net, stages=["1", "no such"])
+    with pytest.raises(RuntimeError):
+        sfr.SFRWrapper(net, example_input=batch[0][:, :2])
+    assert model.sfr.stage_names == ("1", "3")
+    assert len(hooks_of(net)) == 2
+    sfr.SFRLoss(model)(model(batch[0]), batch[1]).backward()
+
+
+def test_a_wrapped_part_of_a_model_to_be_wrapped_is_an_error_that_says_how_to_undo_it(net, batch):
+    whole = nn.Sequential(sfr.SFRWrapper(net))
+    with pytest.raises(ValueError, match="a part of the model is wrapped already, '0'"):
+        sfr.SFRWrapper(whole)
+    sfr.unwrap(whole.get_submodule("0"))
+    sfr.SFRWrapper(whole, example_input=batch[0])
 
 
 def test_copies_of_data_parallel_are_refused_and_the_model_stays_whole(net, batch, monkeypatch):
@@ -371,56 +397,16 @@ def test_a_stage_that_does_not_fire_is_an_error_that_names_it(net, batch):
         model(batch[0])
 
 
-def test_a_model_is_wrapped_again_once_its_wrapper_is_gone(net, batch):
-    def wrap(**options):
-        model = sfr.SFRWrapper(net, **options)
-        criterion = sfr.SFRLoss(model)
-        criterion(model(batch[0]), batch[1])
-
-    for options in ({}, {"stages": ["1", "3"]}, {"example_input": batch[0]}):
-        wrap(**options)
-        assert not hooks_of(net)
-    model = sfr.SFRWrapper(net)
-    sfr.SFRLoss(model)(model(batch[0]), batch[1]).backward()
-    with pytest.raises(ValueError, match="wrapped already"):
-        sfr.SFRWrapper(net)
-    assert len(hooks_of(net)) == 3
-    del model
-    assert not hooks_of(net)
-
-
-def test_a_wrapper_kept_by_a_cycle_alone_is_gone(net, batch):
-    model = sfr.SFRWrapper(net, stages=["1", "3"])
-    cycle = [model]
-    cycle.append(cycle)
-    del model, cycle
-    model = sfr.SFRWrapper(net, stages=["3", "5"])
-    model(batch[0])
-    assert list(features_of(model)) == ["3", "5"]
-
-
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["copy", "pickle"])
-def test_a_copy_of_the_plain_model_can_be_wrapped(net, batch, way):
+def test_a_copy_is_wrapped_and_can_be_wrapped_again(net, batch, way):
     model = sfr.SFRWrapper(net, example_input=batch[0])
     twin = way(net)
-    twin(batch[0])
     other = sfr.SFRWrapper(twin, example_input=batch[0])
-    assert len(hooks_of(twin)) == 3
+    assert other is twin
+    assert len(hooks_of(twin)) == len(hooks_of(net)) == 3
     other(batch[0])
     assert len(features_of(other)) == 3
     assert not features_of(model)
-    with pytest.raises(ValueError, match="wrapped already"):
-        sfr.SFRWrapper(net)
-
-
-def test_a_copy_of_a_wrapper_outlives_it(net, batch):
-    model = sfr.SFRWrapper(net, stages=["1", "3"])
-    deep, shallow = copy.deepcopy(model), copy.copy(model)
-    del model
-    for twin in (deep, shallow):
-        sfr.SFRLoss(twin)(twin(batch[0]), batch[1]).backward()
-    del shallow, twin
-    assert not hooks_of(net)
 
 
 def test_a_scripted_module_is_no_stage_and_disturbs_none(batch):
@@ -437,7 +423,7 @@ def test_a_scripted_module_is_no_stage_and_disturbs_none(batch):
     for options in ({}, {"stages": ["first", "second"]}, {"example_input": batch[0]}):
         model = sfr.SFRWrapper(Net(), **options)
         sfr.SFRLoss(model)(model(batch[0]), batch[1]).backward()
-        assert model.stage_names == ("first", "second")
+        assert model.sfr.stage_names == ("first", "second")
     for name in ("scripted", "scripted.0"):
         with pytest.raises(ValueError, match=rf"stage '{name}' is a ScriptModule.*before it is scripted"):
             sfr.SFRWrapper(Net(), stages=["first", name])
@@ -459,7 +445,7 @@ def test_a_misspelled_option_is_an_error_with_the_near_name(net):
 
 
 def test_a_mapping_of_switches_is_a_configuration_and_nothing_else_is(net, batch):
-    assert sfr.SFRWrapper(net, {"weight": 0.1}, warmup=3).sfr_config == sfr.SFRConfig(weight=0.1, warmup=3)
+    assert sfr.SFRWrapper(net, {"weight": 0.1}, warmup=3).sfr.config == sfr.SFRConfig(weight=0.1, warmup=3)
     with pytest.raises(ValueError, match=r"SFRConfig has no field \['wieght'\]; it has the near names 'weight'"):
         sfr.SFRWrapper(net, {"wieght": 0.1})
     for other in (batch[0], 0.1, ["1", "3"]):

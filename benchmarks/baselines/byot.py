@@ -36,7 +36,7 @@ class BeYourOwnTeacher(Arm):
             )
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        *shallow, deepest = self.model.take_features(logits).values()
+        *shallow, deepest = self.model.sfr.take_features(logits).values()
         taught = deepest.detach().float().mean(dim=(2, 3))
         total = F.cross_entropy(logits, labels)
         for head, feature_map in zip(self.heads, shallow, strict=True):

@@ -28,7 +28,7 @@ class GatedLabels(SelfFeature):
 
     def __init__(self, task: Task, gate: str = "class", **config: Any) -> None:
         super().__init__(task, **config)
-        alpha = self.model.sfr_config.alpha
+        alpha = self.model.sfr.config.alpha
         alpha = DEFAULT_ALPHA["class_mean"] if alpha is None else alpha
         if gate not in GATES:
             raise ValueError(f"gate must be one of {', '.join(GATES)}; got {gate!r}")

@@ -34,8 +34,8 @@ class SelfFeature(Arm):
         return self.criterion(self.model(self.task.images(indices)), self.task.labels[indices], index=indices)
 
     def end_epoch(self) -> None:
-        if self.model.sfr_config.update == "epoch":
+        if self.model.sfr.config.update == "epoch":
             self.criterion.end_epoch()
 
     def settings(self) -> dict[str, Any]:
-        return self.model.sfr_config.to_dict()
+        return self.model.sfr.config.to_dict()

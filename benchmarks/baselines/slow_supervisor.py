@@ -27,7 +27,7 @@ class SlowSupervisor(SelfFeature):
     def __init__(self, task: Task, decay: float = 0.99, **config: Any) -> None:
         plain = copy.deepcopy(task.model).requires_grad_(False)  # before its stages are tapped
         super().__init__(task, **config)
-        settings = self.model.sfr_config
+        settings = self.model.sfr.config
         self.average = sfr.SFRWrapper(plain, settings)
         self.distance = sfr.EMDL2Loss(settings.cost, settings.marginals, settings.solver)
         self.decay, self.weight = decay, settings.largest_weight
@@ -37,8 +37,8 @@ class SlowSupervisor(SelfFeature):
         self._follow()
         images, labels = self.task.images(indices), self.task.labels[indices]
         logits, slow_logits = self.model(images), self.average(images)
-        own = self.criterion.matched_nodes(self.model.take_features(logits))
-        slow = self.criterion.matched_nodes(self.average.take_features(slow_logits))
+        own = self.criterion.matched_nodes(self.model.sfr.take_features(logits))
+        slow = self.criterion.matched_nodes(self.average.sfr.take_features(slow_logits))
         pairs = zip(own, slow, strict=True)
         terms = [self.distance(shallow, deep) for (_, shallow, _, _), (_, _, deep, _) in pairs]
         return self.criterion.labels(logits, labels, indices) + self.weight * torch.stack(terms).mean()

@@ -43,7 +43,7 @@ class TeacherFreeFeatureDistillation(Arm):
         self.register_buffer("step", torch.tensor(0))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        maps = self.model.take_features(logits).values()
+        maps = self.model.sfr.take_features(logits).values()
         distances = [
             distance(shallow, deep.detach(), self.grouping, self.max_grid) for shallow, deep in combinations(maps, 2)
         ]

@@ -17,4 +17,4 @@ def test_sharded_parameters_change_nothing(trained, assert_equal, what):
 
 
 def test_the_model_was_really_sharded(trained):
-    assert {result["model"] for result in trained("2-fsdp2")} == {"FSDPSFRWrapper"}
+    assert {result["model"] for result in trained("2-fsdp2")} == {"FSDPSequential"}

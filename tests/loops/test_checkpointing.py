@@ -63,7 +63,7 @@ def loss_and_gradients(net, batch, reentrant, stages):
         loss = criterion(model(batch[0]), batch[1])
         loss.backward()
         assert criterion.last.feature > 0
-        assert not model._recorder.features  # the recomputation left nothing
+        assert not model._sfr.recorder.features  # the recomputation left nothing
         values += [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
     return values
 
@@ -97,7 +97,7 @@ def test_a_stage_inside_reentrant_checkpointing_is_an_error_that_says_what_to_do
         RuntimeError, match=rf"stage '{stages[-1]}|{stages[1]}' ran without gradient.*use_reentrant=False"
     ):
         model(batch[0])
-    assert not model._recorder.features
+    assert not model._sfr.recorder.features
 
 
 def test_a_sequence_run_in_parts_is_no_stage(net, batch):
@@ -116,8 +116,8 @@ def test_stages_are_discovered_where_they_can_be_recorded(net, batch, reentrant,
     model = sfr.SFRWrapper(net)
     for _ in range(2):
         model(batch[0])
-        assert all(feature.requires_grad for feature in model._recorder.features.values())
-    assert model.stage_names == expected
+        assert all(feature.requires_grad for feature in model._sfr.recorder.features.values())
+    assert model.sfr.stage_names == expected
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

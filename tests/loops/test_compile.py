@@ -109,7 +109,11 @@ def test_stages_are_discovered_with_no_argument(net, batch, feature, way):
     torch.testing.assert_close(features, feature.expand(5))
     if way == "wrapped, then compiled":
         assert graphs == 1  # nothing is compiled while the stages are discovered
-    assert [name.removeprefix("_orig_mod.").split(".")[0] for name in wrapped.stage_names] == ["stem", "body", "last"]
+    assert [name.removeprefix("_orig_mod.").split(".")[0] for name in wrapped.sfr.stage_names] == [
+        "stem",
+        "body",
+        "last",
+    ]
 
 
 def test_discovery_in_one_graph_is_an_error_that_names_the_arguments(net, batch):
@@ -182,14 +186,14 @@ def test_evaluation_disable_and_another_batch_size_come_and_go(net, batch, featu
         model(batch[0])
         wrapped.eval()
         model(batch[0])
-        assert not wrapped._recorder.features
+        assert not wrapped._sfr.recorder.features
         wrapped.train()
         with wrapped.disable():
             assert torch.equal(model(batch[0]), net(batch[0]))
-            assert not wrapped._recorder.features
+            assert not wrapped._sfr.recorder.features
         with torch.no_grad():
             model(batch[0])
-        assert not wrapped._recorder.features
+        assert not wrapped._sfr.recorder.features
         assert train(model, criterion, (batch[0][:5], batch[1][:5]), steps=1) > 0
 
 

@@ -136,8 +136,8 @@ def test_an_average_evaluates_and_updates_its_statistics_without_recording(batch
     logits = model(batch[0])
     update_bn([batch[0]], averaged)
     averaged.eval()(batch[0])
-    assert not averaged.module._recorder.features
-    assert model.take_features(logits)  # those of the trained model are untouched
+    assert not averaged.module._sfr.recorder.features
+    assert model.sfr.take_features(logits)  # those of the trained model are untouched
     assert averaged.module.get_submodule("1").running_mean.abs().sum() > 0
 
 

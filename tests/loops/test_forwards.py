@@ -63,7 +63,7 @@ def test_a_forward_whose_output_goes_elsewhere_is_no_error(model, batch):
     other = model(batch[0].flip(3))
     logits = model(batch[0])
     (criterion(logits, batch[1]) + (logits - other).square().mean()).backward()
-    assert not model._recorder.unused
+    assert not model._sfr.recorder.unused
 
 
 def test_two_models_in_one_loss_keep_their_features_apart(make_net, batch):
@@ -220,16 +220,16 @@ def test_other_logits_of_the_same_forward_and_another_criterion_get_no_features_
 def test_nothing_is_kept_once_loss_and_logits_are_gone(model, batch, calls, backward):
     criterion = sfr.SFRLoss(model)
     logits = model(batch[0])
-    features = [weakref.ref(feature) for feature in model._recorder.features.values()]
+    features = [weakref.ref(feature) for feature in model._sfr.recorder.features.values()]
     loss = sum(criterion(logits, batch[1]) for _ in range(calls))
-    assert not model._recorder.features
+    assert not model._sfr.recorder.features
     gc.disable()
     try:
         if backward:
             loss.backward()
             assert not any(feature() is not None for feature in features)  # with the logits still there
         del loss, logits
-        assert model._recorder._result is None
+        assert model._sfr.recorder._result is None
         assert not any(feature() is not None for feature in features)
     finally:
         gc.enable()

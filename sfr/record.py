@@ -1,0 +1,232 @@
+"""Record: what is kept of a wrapped model, and how its calls are recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sfr.compiling import eager
+from sfr.config import SFRConfig
+from sfr.discovery import StageFinder
+from sfr.nodes import View
+from sfr.sightings import ancestors
+from sfr.stages import find_stages
+from sfr.taps import NEVER_FIRED_UNTIL_WARNING, WHY_SILENT, Recorder, Tap
+
+# The one attribute that a wrapped model has and the plain one has not; it holds the record.
+RECORD = "_sfr"
+
+
+class Record:
+    """The stages of one wrapped model, and the calls of it.
+
+    It does not hold the model, which holds it: copies of the model have a copy of it.
+
+    Args:
+        config: the switches.
+        in_eval: whether to record forwards in evaluation mode, too, if they are with gradient.
+    """
+
+    def __init__(self, config: SFRConfig, in_eval: bool = False) -> None:
+        self.config = config
+        self.in_eval = in_eval
+        self.recorder = Recorder()
+        self.stage_names: tuple[str, ...] | None = None
+        self.views: dict[str, View] | None = None
+        self.left_out: tuple[str, ...] = ()
+        self.disabled = False
+        self.joining = False
+        self._watches = 0
+
+    def start(self, model: nn.Module, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any]) -> None:
+        """Tap the stages that the configuration names, and watch a forward of the arguments if there are any."""
+        if self.config.stages is not None:
+            self.tap(find_stages(model, self.config.stages))
+        if args is not None:
+            self._watch_evaluation(model, args, kwargs)
+
+    def tap(self, stages: Mapping[str, nn.Module]) -> None:
+        """Put a tap on each of these modules."""
+        self.recorder.attach(stages)
+        self.stage_names = tuple(stages)
+
+    def for_copy(self, model: nn.Module) -> Record:
+        """Return a record like this one that taps another model of the same structure."""
+        record = Record(self.config, self.in_eval)
+        record.views, record.left_out = self.views, self.left_out
+        stages = {name: model.get_submodule(name) for name in self.stage_names or ()}
+        for stage in stages.values():  # copies of the taps serve nobody
+            for key, hook in list(stage._forward_hooks.items()):
+                if isinstance(hook, Tap) and hook.recorder is not self.recorder:
+                    del stage._forward_hooks[key]
+        if stages:
+            record.tap(stages)
+        return record
+
+    def call(self, model: nn.Module, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call the model; in a training forward with gradient, record the outputs of its stages.
+
+        Args:
+            model: the model.
+            plain: calls the model as if it were not wrapped. It is a function and no bound method, which Dynamo would
+                look up anew, after a graph break, in the class that the model has now.
+            args, kwargs: arguments of the model.
+        """
+        if self.recorder.recording:  # the model calls itself
+            return plain(model, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            # Of DDP inside model.join(), which the criterion cannot see by itself.
+            self.joining = _is_joining()
+        if self.disabled or not self.records(model) or not torch.is_grad_enabled():
+            self.recorder.abort()
+            return plain(model, *args, **kwargs)
+        if self._is_to_be_watched():
+            # PyTorch's error shows the next line, with its hint, if torch.compile must not leave the graph.
+            return self._watched_call(model, plain, args, kwargs)  # with fullgraph=True pass example_input= or stages=
+        return self._recorded_call(model, plain, args, kwargs)
+
+    def records(self, model: nn.Module) -> bool:
+        """Whether the model is in a mode in which forwards with gradient are recorded."""
+        return model.training or self.in_eval
+
+    def _is_to_be_watched(self) -> bool:
+        """Whether the stages are unknown, or how their outputs are read; of those that were skipped, not for ever."""
+        if torch.compiler.is_compiling():
+            return self.views is None and self.stage_names is None
+        if self.views is None:
+            return True
+        return self._watches < NEVER_FIRED_UNTIL_WARNING and len(self.views) < len(self.stage_names or ())
+
+    def _recorded_call(self, model: nn.Module, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self.recorder.begin()
+        try:
+            output = plain(model, *args, **kwargs)
+        except BaseException:
+            self.recorder.abort()
+            raise
+        self.recorder.end()
+        if not torch.compiler.is_compiling():
+            self._check_silence(model)
+        return output
+
+    @eager
+    def _watched_call(self, model: nn.Module, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run the first training forward and watch it."""
+        named = self.stage_names is not None
+        with StageFinder(model, self.config, self.stage_names or (), keep=True) as finder:
+            output = self._recorded_call(model, plain, args, kwargs)
+        if named:
+            self._check_silence(model, finder.called)
+        features = self._learn_from(finder)
+        self.recorder.note_watched(None if named else features)
+        return output
+
+    def _watch_evaluation(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Watch a forward in evaluation mode and without gradient, and leave the modes unchanged."""
+        modes = [(module, module.training) for module in model.modules()]
+        try:
+            model.eval()
+            with torch.no_grad(), StageFinder(model, self.config, self.stage_names or ()) as finder:
+                model(*args, **kwargs)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        self._check_silence(model, finder.called)
+        self._learn_from(finder)
+
+    def _learn_from(self, finder: StageFinder) -> dict[str, Tensor]:
+        """Take over what a watched forward has shown, and return the features of the stages it was to find."""
+        found = finder.found() if self.stage_names is None else {}
+        if found:
+            self.tap({name: stage.module for name, stage in found.items()})
+        self.views = (self.views or {}) | finder.views(self.stage_names or ())
+        self._watches += 1
+        self.left_out = finder.left_out()
+        return {name: stage.feature for name, stage in found.items() if stage.feature is not None}
+
+    def _check_silence(self, model: nn.Module, called: Collection[str] = ()) -> None:
+        """Raise an error that names the stages that did not fire and never will, as far as can be told.
+
+        Args:
+            model: the model.
+            called: names of the modules that were called in the forward, if it was watched.
+        """
+        silent = self.recorder.silent_stages()
+        lost = [name for name in silent if name not in called and self._is_lost(model, name, called)]
+        if lost:
+            self.recorder.abort()
+            raise RuntimeError(f"stage(s) {lost} did not fire in this forward: {WHY_SILENT}")
+
+    def _is_lost(self, model: nn.Module, name: str, called: Collection[str]) -> bool:
+        """Whether a stage that did not fire was replaced, run in parts, or compiled before it was tapped."""
+        modules = dict(model.named_modules())
+        hooks = modules[name]._forward_hooks.values() if name in modules else ()
+        if not any(isinstance(hook, Tap) and hook.recorder is self.recorder for hook in hooks):
+            return True
+        if called:
+            return any(name in ancestors(part) for part in called)
+        around = (modules[outer] for outer in ("", name, *ancestors(name)) if outer in modules)
+        return not self.recorder.has_fired(name) and any(map(_is_compiled, around))
+
+    def take_features(self, logits: Tensor) -> dict[str, Tensor]:
+        """Hand over the features of the last training forward, in forward order, and forget them.
+
+        Args:
+            logits: the output that the features must belong to.
+
+        Raises:
+            RuntimeError: if there are none, or the logits come from another forward, even in part.
+        """
+        if not self.recorder.recorded:
+            raise RuntimeError(NO_FEATURES)
+        features = self.recorder.take(logits)
+        if features is None:
+            raise RuntimeError(
+                "the logits do not come from the last training forward of the wrapped model alone, whose features are "
+                "recorded; call the criterion right after each forward, with its output, and add the losses"
+            )
+        return features
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy made inside disable() or join() is not inside them for ever.
+        return self.__dict__ | {"disabled": False, "joining": False}
+
+
+NO_FEATURES = (
+    "no features are recorded. The criterion needs a forward of the wrapped model (called as model(x), not "
+    "model.forward(x), and not unwrapped) in training mode and with gradient just before it. It may be called again, "
+    "as for the two labels of MixUp, only with the very same logits and before the next forward. For a validation "
+    "loss call criterion.eval(), or compute it under torch.no_grad()."
+)
+
+
+def record_of(model: nn.Module) -> Record | None:
+    """Return the record of a model; None if it is not wrapped."""
+    return vars(model).get(RECORD)
+
+
+def known_record(model: nn.Module) -> Record:
+    """Return the record of a wrapped model.
+
+    Raises:
+        RuntimeError: if it is not wrapped, or not any more.
+    """
+    record = record_of(model)
+    if record is None:
+        raise RuntimeError(f"the model, {type(model).__name__}, is not wrapped (any more): sfr.SFRWrapper(model)")
+    return record
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether a module was compiled, in place or as the inner one of what ``torch.compile`` returns."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+
+
+def _is_joining() -> bool:
+    """Whether the code runs in the forward of a DDP model inside its ``join()``."""
+    active = DistributedDataParallel._active_ddp_module
+    return active is not None and active._join_config.enable
