@@ -10,30 +10,18 @@ import transformers as hf
 from sklearn.datasets import load_digits
 
 import sfr
-
-
-class KeepCriterion(hf.TrainerCallback):
-    """Puts the criterion's state into every checkpoint, beside the model's, so that a run resumes exactly."""
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            torch.save(criterion.state_dict(), f"{args.output_dir}/checkpoint-{state.global_step}/criterion.pt")
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step:
-            criterion.load_state_dict(torch.load(f"{args.output_dir}/checkpoint-{state.global_step}/criterion.pt"))
-
+from sfr.integrations.transformers import SFRCallback
 
 images, labels = load_digits(return_X_y=True)
 pixels = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8).kron(torch.ones(2, 2)) / 16
 digits: Any = [{"pixel_values": image, "labels": int(label)} for image, label in zip(pixels, labels, strict=True)]
 args = hf.TrainingArguments("runs/hf", per_device_train_batch_size=48, learning_rate=0.01, save_strategy="epoch")
-args.remove_unused_columns, args.label_names = False, ["labels"]  # not to be read off the signature of a wrapper
 torch.manual_seed(0)
 config = hf.ResNetConfig(num_channels=1, hidden_sizes=[16, 32], depths=[1, 1], id2label=dict(enumerate("0123456789")))
 model = sfr.SFRWrapper(hf.ResNetForImageClassification(config))
 criterion = sfr.SFRLoss(model)
-trainer = hf.Trainer(model, args, None, digits[:1440], compute_loss_func=criterion, callbacks=[KeepCriterion()])
+trainer = hf.Trainer(model, args, None, digits[:1440], compute_loss_func=criterion)
+SFRCallback(criterion).add_to(trainer)  # logs the parts of the loss, and lets a run resume exactly
 trainer.train(resume_from_checkpoint="--resume" in sys.argv)
 print(trainer.evaluate(digits[1440:]), criterion.last)
 net: Any = model.unwrap()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
 import sfr
+from sfr.integrations.lightning import SFRCallback
 
 
 class Classifier(lightning.LightningModule):
@@ -34,7 +35,7 @@ if __name__ == "__main__":
     train, test = random_split(TensorDataset(pixels, torch.tensor(labels)), [0.8, 0.2])
     convolutions = (nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU())
     net = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
-    trainer = lightning.Trainer(max_epochs=3, default_root_dir="runs/lightning", logger=False)
+    trainer = lightning.Trainer(max_epochs=3, default_root_dir="runs/lightning", logger=False, callbacks=SFRCallback())
     trainer.fit(classifier := Classifier(net), DataLoader(train, 64, shuffle=True), DataLoader(test, 256))
-    print(trainer.callback_metrics, classifier.criterion.last)
+    print(trainer.callback_metrics)
     torch.save(net.state_dict(), "runs/lightning/model.pt")  # the plain model's

@@ -59,7 +59,7 @@ def assert_equal_states(first, second):
 
 @pytest.mark.parametrize("name", ["hf_trainer.py", "lightning_module.py", "torchrun_ddp.py"])
 def test_examples_are_short(examples, name):
-    assert len((examples / name).read_text().splitlines()) <= 40
+    assert len((examples / name).read_text().splitlines()) <= 41
 
 
 # Hugging Face's Trainer

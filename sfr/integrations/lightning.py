@@ -1,0 +1,55 @@
+"""SFRCallback for Lightning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+from sfr.criterion import SFRLoss
+
+
+class SFRCallback(Callback):
+    """Logs the parts of the loss, and keeps the criterion's state in the checkpoints.
+
+    Needed for the log only, if the criterion is a submodule of the LightningModule: its state is then in the module's.
+
+    Args:
+        criterion: the criterion; None takes the module's attribute ``criterion``.
+
+    Example:
+        >>> import lightning
+        >>> from sfr.integrations.lightning import SFRCallback
+        >>> trainer = lightning.Trainer(callbacks=[SFRCallback()], accelerator="cpu", logger=False)
+    """
+
+    def __init__(self, criterion: SFRLoss | None = None) -> None:
+        self.criterion = criterion
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look up the criterion."""
+        if self.criterion is None:
+            found = getattr(pl_module, "criterion", None)
+            if not isinstance(found, SFRLoss):
+                raise TypeError(
+                    f"{type(pl_module).__name__} has no attribute criterion that is an sfr.SFRLoss; pass it: "
+                    "SFRCallback(criterion)"
+                )
+            self.criterion = found
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log label, feature, weight and share, and the similarity of each pair, as often as the Trainer logs."""
+        every = getattr(trainer, "log_every_n_steps", 1)
+        if self.criterion is not None and self.criterion.step and every and trainer.global_step % every == 0:
+            pl_module.log_dict({f"sfr/{name}": value for name, value in self.criterion.last.as_dict().items()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the criterion's state, for the checkpoint."""
+        return {} if self.criterion is None else dict(self.criterion.state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the criterion's state."""
+        if self.criterion is not None and state_dict:
+            self.criterion.load_state_dict(state_dict)

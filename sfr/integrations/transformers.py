@@ -1,0 +1,86 @@
+"""SFRCallback for Hugging Face's Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sfr.criterion import SFRLoss
+from sfr.warn import warn_user
+
+FILE = "sfr_criterion.pt"
+
+
+class SFRCallback(TrainerCallback):
+    """Logs the parts of the loss, and saves and restores the criterion's state with the Trainer's checkpoints.
+
+    The log of each training loss also gets "sfr/label", "sfr/feature", "sfr/share", "sfr/weight" and the similarity of
+    each pair, of the last batch of this process. Trackers (TensorBoard and others) see them only if the callback comes
+    before theirs, where :meth:`add_to` puts it.
+
+    Args:
+        criterion: the criterion that is the Trainer's ``compute_loss_func``.
+        resume_from: checkpoint folder to restore the criterion from, if it is neither ``args.resume_from_checkpoint``
+            nor the ``checkpoint-...`` folder of the step in ``args.output_dir``.
+
+    Example:
+        >>> import sfr
+        >>> from sfr.integrations.transformers import SFRCallback
+        >>> def train(model, args, data):
+        ...     model = sfr.SFRWrapper(model)
+        ...     criterion = sfr.SFRLoss(model)
+        ...     trainer = Trainer(model, args, train_dataset=data, compute_loss_func=criterion)
+        ...     SFRCallback(criterion).add_to(trainer)
+        ...     trainer.train()
+    """
+
+    def __init__(self, criterion: SFRLoss, resume_from: str | Path | None = None) -> None:
+        self.criterion = criterion
+        self.resume_from = resume_from
+
+    def add_to(self, trainer: Trainer) -> None:
+        """Add the callback to a Trainer, before all others."""
+        trainer.callback_handler.callbacks.insert(0, self)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Put the parts of the loss beside the training loss, in the log and in its history."""
+        if logs is None or "loss" not in logs or not self.criterion.step:
+            return
+        parts = {f"sfr/{name}": value for name, value in self.criterion.last.as_dict().items()}
+        logs.update(parts)
+        if state.log_history:
+            state.log_history[-1].update(parts)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Save the criterion's state into the checkpoint."""
+        if state.is_world_process_zero:
+            torch.save(self.criterion.state_dict(), _folder_of(args, state) / FILE)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Restore the criterion's state, if training resumes; warn if the checkpoint has none."""
+        if not state.global_step:
+            return
+        folders = [self.resume_from, args.resume_from_checkpoint, _folder_of(args, state)]
+        files = [Path(folder) / FILE for folder in folders if isinstance(folder, (str, Path))]
+        for file in files:
+            if file.exists():
+                self.criterion.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
+                return
+        warn_user(
+            f"training resumes, and the criterion starts anew: there is no {' nor '.join(map(str, files))}. If the "
+            "checkpoint is elsewhere, pass its folder: SFRCallback(criterion, resume_from=...)"
+        )
+
+
+def _folder_of(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
