@@ -61,6 +61,31 @@ def check_num_samples(argument: str, mode: Smoothing, value: int | None) -> None
         check_number("num_samples", value, 1, whole=True)
 
 
+def check_effect(argument: str, smoothing: Smoothing, values: Mapping[str, Any]) -> None:
+    """Raise if fields of the label term have another value than their default and no effect.
+
+    Args:
+        argument: what the kind of smoothing is called there.
+        smoothing: its value.
+        values: the fields by name.
+    """
+    given = [name for name, value in values.items() if value != getattr(SFRConfig, name)]
+    idle = []
+    for names, kinds in EFFECTIVE.items():
+        useless = [name for name in names if name in given and smoothing not in kinds]
+        if useless:
+            idle.append(f"{', '.join(useless)} (of {argument}={' or '.join(map(repr, kinds))})")
+    if idle:
+        raise ValueError(f"without effect with {argument}={smoothing!r}, leave out: {'; '.join(idle)}")
+    if values["alpha_end"] is None and "alpha_steps" in given:
+        raise ValueError("without effect, leave out: alpha_steps (of alpha_end, to which alpha moves in these steps)")
+
+
+def near_names(name: object, known: Iterable[str], count: int = 3) -> str:
+    """Return the known names that are spelled most like this one, for an error; "" if there are none."""
+    return ", ".join(map(repr, difflib.get_close_matches(str(name), list(known), n=count, cutoff=0.5)))
+
+
 def check_ramp(alpha: float | None, alpha_end: float | None, alpha_steps: int) -> None:
     """Raise if alpha is to move and it is not said how fast, or the other way round."""
     if alpha_end is not None and alpha_end != alpha and alpha_steps == 1:
@@ -204,7 +229,7 @@ class SFRConfig:
         for name in ("alpha", "alpha_end"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0, 1)
-        self._check_effect()
+        check_effect("smoothing", self.smoothing, {name: getattr(self, name) for names in EFFECTIVE for name in names})
         check_ramp(self.alpha, self.alpha_end, self.alpha_steps)
         if not isinstance(self.detach_deep, bool):
             raise TypeError(f"detach_deep must be a bool; got {self.detach_deep!r}")
@@ -240,20 +265,6 @@ class SFRConfig:
         """The largest λ of a training."""
         return max(self.weight.start, self.weight.end) if isinstance(self.weight, Ramp) else self.weight
 
-    def _check_effect(self) -> None:
-        """Raise if fields of the label term are set that have no effect."""
-        idle = []
-        for names, smoothing in EFFECTIVE.items():
-            given = [name for name in names if getattr(self, name) != getattr(SFRConfig, name)]
-            if given and self.smoothing not in smoothing:
-                idle.append(f"{', '.join(given)} (of smoothing={' or '.join(map(repr, smoothing))})")
-        if idle:
-            raise ValueError(f"without effect with smoothing={self.smoothing!r}, leave out: {'; '.join(idle)}")
-        if self.alpha_end is None and self.alpha_steps != SFRConfig.alpha_steps:
-            raise ValueError(
-                "without effect, leave out: alpha_steps (of alpha_end, to which alpha moves in these steps)"
-            )
-
     def _freeze(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
@@ -278,8 +289,8 @@ def no_such_field(names: Iterable[str], also: Iterable[str] = ()) -> str:
     """Return what to say of the names that are no fields of :class:`SFRConfig`, nor among `also`; "" if all are."""
     known = [*(field.name for field in fields(SFRConfig)), *also]
     unknown = [name for name in names if name not in known]
-    near = [other for name in unknown for other in difflib.get_close_matches(str(name), known, n=3)]
-    hint = f"the near names {', '.join(map(repr, dict.fromkeys(near)))}" if near else ", ".join(map(repr, known))
+    near = ", ".join(filter(None, (near_names(name, known) for name in unknown)))
+    hint = f"the near names {near}" if near else ", ".join(map(repr, known))
     return f"{unknown}; it has {hint}" if unknown else ""
 
 

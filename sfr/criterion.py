@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sfr.compiling import eager
-from sfr.config import IGNORE_INDEX, Layout, SFRConfig
+from sfr.config import IGNORE_INDEX, Layout, SFRConfig, near_names
 from sfr.discovery import assumed_view
 from sfr.labels import DynamicLabelSmoothing, checked_target, cross_entropy
 from sfr.losses import emd_l2, relative_distance
@@ -119,7 +118,7 @@ class SFRLoss(TensorState):
 
     `label_loss` takes the place of the label term, where that is not to be cross-entropy: for weighted classes, several
     labels an image, a regression, or (``lambda loss, _: loss``) a model that computes its loss itself, called as
-    ``criterion(loss, None)``. The configuration's ``smoothing`` and all that belongs to it are then without effect.
+    ``criterion(loss, None)``. It goes with ``smoothing="none"``, the default, alone.
 
     In ``criterion.eval()``, under ``torch.no_grad()``, inside ``model.disable()`` and, with a warning, of a model in
     evaluation mode it is the plain cross-entropy, or `label_loss` alone, for a validation loss that compares with other
@@ -142,6 +141,7 @@ class SFRLoss(TensorState):
     Raises:
         TypeError: if `model` holds no :class:`sfr.SFRWrapper`, `label_loss` cannot be called, or for an argument of
             ``nn.CrossEntropyLoss``, saying what takes its place.
+        ValueError: if `model` holds several wrapped models, or the configuration's ``smoothing`` would have no effect.
 
     Example:
         >>> model = SFRWrapper(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 10, 3, 2), nn.AdaptiveAvgPool2d(1),
@@ -175,6 +175,11 @@ class SFRLoss(TensorState):
         # Past nn.Module's own __setattr__: the criterion does not own the model's parameters.
         object.__setattr__(self, "_model", wrapped_in(model))
         config = known_record(self._model).config
+        if label_loss is not None and config.smoothing != "none":
+            raise ValueError(
+                f"smoothing={config.smoothing!r} has no effect beside label_loss, which takes the place of the label "
+                "term: leave one of them out"
+            )
         self.config = config
         self.labels = DynamicLabelSmoothing(
             mode=config.smoothing,
@@ -483,6 +488,6 @@ def _what_to_use_instead(arguments: Mapping[str, Any]) -> str:
         hint = f"set it where the model is wrapped: SFRWrapper(model, {name}={value!r})"
     else:
         own = [*inspect.signature(SFRLoss.__init__).parameters][1:-1]
-        near = difflib.get_close_matches(name, [*own, *settings], n=3)
-        hint = f"near names: {', '.join(near)}" if near else f"it takes {', '.join(own)}"
+        near = near_names(name, [*own, *settings])
+        hint = f"near names: {near}" if near else f"it takes {', '.join(own)}"
     return f"SFRLoss takes no argument {name!r}; {hint}"

@@ -16,6 +16,7 @@ from sfr.config import (
     Smoothing,
     Update,
     check_choice,
+    check_effect,
     check_num_samples,
     check_number,
     check_ramp,
@@ -184,6 +185,7 @@ class DynamicLabelSmoothing(TensorState):
         check_choice("mode", mode, Smoothing)
         check_num_samples("mode", mode, num_samples)
         check_choice("update", update, Update)
+        ramp = {"alpha": alpha, "alpha_end": alpha_end, "alpha_steps": alpha_steps}
         self.smooth_soft_targets = not (alpha is None and alpha_end is None)
         alpha = DEFAULT_ALPHA[mode] if alpha is None else alpha
         alpha_end = alpha if alpha_end is None else alpha_end
@@ -192,6 +194,7 @@ class DynamicLabelSmoothing(TensorState):
         check_number("alpha_steps", alpha_steps, 1, whole=True)
         check_ramp(alpha, alpha_end, alpha_steps)
         check_number("momentum", momentum, 1e-6, 1)
+        check_effect("mode", mode, {**ramp, "momentum": momentum, "update": update})
         check_number("ignore_index", ignore_index, -(2**63), 2**63 - 1, whole=True)
         self.mode, self.update, self.ignore_index, self.sync = mode, update, plain_number(ignore_index), sync
         self.alpha, self.alpha_end, self.alpha_steps = map(plain_number, (alpha, alpha_end, alpha_steps))
@@ -454,8 +457,14 @@ def _row_sums(log_probabilities: Tensor, label: Tensor, classes: Tensor) -> tupl
 
 
 def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int, smoothing: float = 0.0) -> Tensor:
-    """Return ``F.cross_entropy``, which takes an `ignore_index` for class indices only."""
+    """Return ``F.cross_entropy``, which takes an `ignore_index` for class indices only.
+
+    With soft targets, too, a class whose logit is -inf counts for nothing if its target is 0.
+    """
     if target.is_floating_point():
+        if not smoothing and _may_hold_infinity(logits):
+            impossible = logits.isneginf() & (target == 0)
+            logits = logits.masked_fill(impossible, torch.finfo(logits.dtype).min)
         return F.cross_entropy(logits, target, label_smoothing=smoothing)
     return F.cross_entropy(logits, target, ignore_index=ignore_index, label_smoothing=smoothing)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from sfr.config import Layout, Pairs
+from sfr.config import Layout, Pairs, near_names
 from sfr.nodes import Shaped
 
 HOW_TO_NAME = (
@@ -53,8 +52,8 @@ def find_stages(model: nn.Module, stages: str | Sequence[str]) -> dict[str, nn.M
                 first = next(other for other, module in modules.items() if module is everything[name])
                 raise ValueError(f"stage {name!r} is the very module {first!r}, and a shared module cannot be a stage")
             if name not in modules:
-                near = difflib.get_close_matches(str(name), modules, n=5, cutoff=0.5) or list(modules)[:10]
-                raise ValueError(f"the model has no stage {name!r}; near names: {', '.join(near)}")
+                near = near_names(name, modules, 5) or ", ".join(map(repr, list(modules)[:10]))
+                raise ValueError(f"the model has no stage {name!r}; near names: {near}")
         repeated = [name for name, count in Counter(stages).items() if count > 1]
         if repeated:
             raise ValueError(f"stages must not be repeated; got {repeated} more than once")

@@ -577,8 +577,8 @@ def test_numbers_of_samples_by_position_are_an_error_that_says_how(build, batch,
         ({"label_smoothing": 0.1}, r"SFRWrapper\(model, smoothing='uniform', alpha=0.1\)"),
         ({"reduction": "sum"}, r"mean over the batch: multiply it by len\(target\)"),
         ({"pairs": "last"}, r"SFRWrapper\(model, pairs='last'\)"),
-        ({"label_los": None}, "no argument 'label_los'; near names: label_loss"),
-        ({"wieght": 0.1}, "near names: weight"),
+        ({"label_los": None}, "no argument 'label_los'; near names: 'label_loss'"),
+        ({"wieght": 0.1}, "near names: .*'weight'"),
         ({"qqqq": 1}, "it takes model, label_loss, num_classes"),
     ],
 )
@@ -649,3 +649,9 @@ def test_masked_classes_train_with_finite_gradients(build, batch, smoothing):
         criterion(logits.masked_fill(masked, -float("inf")), batch[1], index=torch.arange(8)).backward()
         assert criterion.last.label.isfinite()
         assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_label_loss_beside_smoothing_is_an_error_that_says_so(make_net):
+    model = sfr.SFRWrapper(make_net(), smoothing="class_mean")
+    with pytest.raises(ValueError, match="smoothing='class_mean' has no effect beside label_loss"):
+        sfr.SFRLoss(model, label_loss=F.cross_entropy)

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,19 @@ def test_none_mode_is_cross_entropy_bit_for_bit(soft: bool) -> None:
     assert torch.equal(DynamicLabelSmoothing("none")(logits, target), F.cross_entropy(logits, target))
 
 
-def test_none_mode_is_cross_entropy_whatever_alpha_is() -> None:
-    logits, target = batch(6, seed=1)
-    assert torch.equal(DynamicLabelSmoothing("none", alpha=0.3)(logits, target), F.cross_entropy(logits, target))
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"mode": "none", "alpha": 0.3}, "alpha (of mode='class_mean' or 'past' or 'uniform')"),
+        ({"mode": "none", "alpha_end": 0.3, "alpha_steps": 5}, "alpha_end, alpha_steps (of mode="),
+        ({"mode": "uniform", "momentum": 0.1}, "momentum (of mode='class_mean')"),
+        ({"mode": "past", "num_samples": 4, "update": "epoch"}, "update (of mode='class_mean')"),
+        ({"alpha": 0.1, "alpha_steps": 5}, "alpha_steps (of alpha_end"),
+    ],
+)
+def test_options_without_effect_are_errors_that_name_them(options: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=rf"without effect.*{re.escape(named)}"):
+        DynamicLabelSmoothing(**options)
 
 
 def test_class_mean_mode_with_alpha_zero_is_cross_entropy_bit_for_bit() -> None:
@@ -693,7 +704,7 @@ def test_images_of_one_position_are_classification() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_ignored_labels_count_as_in_cross_entropy(mode: Any, training: bool) -> None:
     logits, target = maps(seed=1)
-    criterion = DynamicLabelSmoothing(mode, alpha=0.2, ignore_index=IGNORED).train(training)
+    criterion = of_mode(mode, alpha=0.2, ignore_index=IGNORED).train(training)
     smoothing = 0.2 if training and mode != "none" else 0.0
     expected = F.cross_entropy(logits, target, ignore_index=IGNORED, label_smoothing=smoothing)
     torch.testing.assert_close(criterion(logits, target), expected)
@@ -712,7 +723,7 @@ def test_ignored_labels_pass_no_gradient() -> None:
 def test_minus_hundred_is_ignored_without_being_asked_to(mode: Any) -> None:
     logits, target = batch(6, seed=1)
     target[:2] = -100
-    criterion = DynamicLabelSmoothing(mode, alpha=0.2)
+    criterion = of_mode(mode, alpha=0.2)
     expected = F.cross_entropy(logits, target, label_smoothing=0.0 if mode == "none" else 0.2)
     torch.testing.assert_close(criterion(logits, target), expected)
 
@@ -881,6 +892,8 @@ either_way = pytest.mark.parametrize("training", [True, False])
 
 def of_mode(mode: Any, training: bool = True, **options: Any) -> DynamicLabelSmoothing:
     num_samples = 100 if mode == "past" else None
+    if mode == "none":
+        options.pop("alpha", None)  # it would be an error
     return DynamicLabelSmoothing(mode, num_samples=num_samples, **options).train(training)
 
 
@@ -955,6 +968,7 @@ def masked(seed: int, size: int = 6) -> tuple[Tensor, Tensor, Tensor]:
         ("uniform", True),
         ("past", False),
         ("none", False),
+        ("none", True),
     ],
 )
 def test_the_loss_and_its_gradient_are_finite_with_masked_classes(mode: Any, soft: bool) -> None:

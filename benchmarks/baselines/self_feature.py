@@ -13,16 +13,13 @@ from baselines.arm import Arm, Task
 class SelfFeature(Arm):
     """Self-feature regularization; options are fields of :class:`sfr.SFRConfig`.
 
-    Alpha moves to `alpha_end` over the whole run unless `alpha_steps` is given. An arm whose name has options of the
-    label term and no `smoothing` smooths by class means, which was the default.
+    Alpha moves to `alpha_end` over the whole run unless `alpha_steps` is given.
     """
 
     model: sfr.SFRWrapper
 
     def __init__(self, task: Task, **config: Any) -> None:
         super().__init__(task)
-        if not {"alpha", "alpha_end", "momentum", "update"}.isdisjoint(config):
-            config = {"smoothing": "class_mean"} | config
         if config.get("smoothing") == "past":
             config["num_samples"] = len(task.labels)
         if "alpha_end" in config:

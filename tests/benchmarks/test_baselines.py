@@ -225,8 +225,8 @@ def test_sfr_with_past_predictions_is_ps_kd_and_the_feature_term(task: Task) -> 
 
 
 def test_alpha_of_sfr_ends_with_the_run_unless_told_otherwise(task: Task) -> None:
-    assert build_arm("sfr@alpha_end=0.9", task).model.sfr.config.alpha_steps == 24
-    assert build_arm("sfr@alpha_end=0.9,alpha_steps=5", task).model.sfr.config.alpha_steps == 5
+    assert build_arm("sfr@smoothing=class_mean,alpha_end=0.9", task).model.sfr.config.alpha_steps == 24
+    assert build_arm("sfr@smoothing=class_mean,alpha_end=0.9,alpha_steps=5", task).model.sfr.config.alpha_steps == 5
 
 
 def test_dlb_trains_on_the_last_batch_again_and_agrees_with_what_was_said_of_it(task: Task) -> None:
