@@ -141,8 +141,7 @@ class StageFinder:
         Raises:
             ValueError: if there are fewer than two, or one cannot be read.
         """
-        seen = _leading_to(self._logits, [sighting for sighting in self._sightings if sighting.sole and sighting.view])
-        body = _before_classifier(self._logits, seen)
+        seen, body = self._seen_and_body()
         self._seen = {sighting.name for sighting in body}
         layers = [sighting.name for sighting in seen if sighting.is_layer]
         blocks = self._blocks(self._stable(body), layers)
@@ -163,6 +162,25 @@ class StageFinder:
             f"found {len(stages)} stage(s) {[stage.name for stage in stages]} in {type(self._model).__name__}, "
             f"two are needed{self._why_few()}. {HOW_TO_NAME}"
         )
+
+    def _seen_and_body(self) -> tuple[list[Sighting], list[Sighting]]:
+        """Return the outputs that lead to the logits, and of these the ones before the classifier.
+
+        Where a loss takes the place of the logits, or one number for each image, the last layer is the classifier: of
+        several heads, as detectors have at each resolution, the other ones and what is for them alone count as side
+        branches.
+        """
+        logits = self._logits
+        leading = _leading_to(None if logits is None else logits.grad_fn, self._sightings)
+        seen = [sighting for sighting in leading if sighting.sole and sighting.view]
+        if logits is None or logits.ndim > 1:
+            return seen, _before_classifier(logits, seen)
+        layers = [sighting for sighting in leading if sighting.is_layer]
+        if not layers:
+            return seen, seen
+        before = set(leading[: leading.index(layers[-1])])
+        seen = _leading_to(layers[-1].node, seen)
+        return seen, [sighting for sighting in seen if sighting in before]
 
     def _why_few(self) -> str:
         """Return what is known of the outputs that are no stages, as the rest of a sentence."""
@@ -271,20 +289,18 @@ def evenly(stages: list[Sighting]) -> list[Sighting]:
     return [stages[place] for place in even_places(len(stages))] if stages else []
 
 
-def _leading_to(logits: Tensor | None, sightings: list[Sighting]) -> list[Sighting]:
-    """Leave out what the logits do not depend on: side branches and auxiliary classifiers."""
-    if logits is None or logits.grad_fn is None:
+def _leading_to(node: Any, sightings: list[Sighting]) -> list[Sighting]:
+    """Leave out what a node of the graph does not depend on: side branches and auxiliary classifiers."""
+    if node is None:
         return sightings
-    reached = set(graph_behind(logits))
+    reached = set(graph_behind(node))
     return [sighting for sighting in sightings if sighting.node is None or sighting.node in reached]
 
 
 def _before_classifier(logits: Tensor | None, sightings: list[Sighting]) -> list[Sighting]:
     """Leave out the classifier, which is the last layer if it is as wide as the logits, and all that ends after it."""
-    if logits is None or logits.ndim < 2:
-        return sightings
     last = max((index for index, sighting in enumerate(sightings) if sighting.is_layer), default=None)
-    if last is None or logits.shape[1] not in sightings[last].shape[1:]:
+    if logits is None or last is None or logits.shape[1] not in sightings[last].shape[1:]:
         return sightings
     return sightings[:last]
 

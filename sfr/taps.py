@@ -213,7 +213,7 @@ def computed_from(logits: Tensor, features: Mapping[str, Tensor], others: Mappin
     if not own:
         return True
     found = False
-    for node in graph_behind(logits, own | foreign):
+    for node in graph_behind(logits.grad_fn, own | foreign):
         if node in foreign:
             return False
         found = found or node in own
@@ -222,9 +222,9 @@ def computed_from(logits: Tensor, features: Mapping[str, Tensor], others: Mappin
     return found
 
 
-def graph_behind(tensor: Tensor, ends: Container[Any] = ()) -> Iterator[Any]:
-    """Yield the autograd nodes that a tensor was computed by, each once, the nearest first, and none behind `ends`."""
-    waiting, seen = deque([tensor.grad_fn]), set()
+def graph_behind(node: Any, ends: Container[Any] = ()) -> Iterator[Any]:
+    """Yield an autograd node and those it was computed from, each once, the nearest first, and none behind `ends`."""
+    waiting, seen = deque([node]), set()
     while waiting:
         node = waiting.popleft()
         if node is not None and node not in seen:

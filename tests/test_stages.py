@@ -288,6 +288,22 @@ def test_branches_that_do_not_lead_to_the_logits_are_no_stages(batch):
     assert model.sfr.stage_names == ("trunk1", "trunk2")
 
 
+@pytest.mark.parametrize("number", [lambda z: z.squeeze(1), lambda z: z.square().mean()], ids=["each image", "loss"])
+def test_the_prediction_of_a_model_that_returns_a_number_is_no_stage(batch, number):
+    class Regression(nn.Module):
+        def __init__(self):
+            super().__init__()
+            hidden = [layer for _ in range(3) for layer in (nn.Linear(16, 16), nn.ReLU())]
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 16), nn.ReLU(), *hidden, nn.Linear(16, 1))
+
+        def forward(self, x):
+            return number(self.net(x))
+
+    model = sfr.SFRWrapper(Regression())
+    model(batch[0])
+    assert model.sfr.stage_names == ("net.2", "net.4", "net.6", "net.8")
+
+
 def test_attention_maps_and_pooled_maps_inside_a_block_are_no_stages(batch):
     class Block(nn.Module):
         def __init__(self, stride):
