@@ -49,11 +49,15 @@ def the_logits(output: Any) -> Tensor:
             f"{type(output).__name__}. Pass the logits in it, as in criterion(output[0], target), and add the losses "
             "of any auxiliary outputs."
         )
-    if "aux" in parts:
+    auxiliary = [
+        name for name, part in parts.items() if str(name).startswith("aux") and _is_floating(part) and part.ndim
+    ]
+    if auxiliary:
         access = "output[{!r}]" if isinstance(output, Mapping) else "output.{}"
+        others = "".join(f" + 0.5 * F.cross_entropy({access.format(name)}, target)" for name in auxiliary)
         raise ValueError(
             "output holds auxiliary logits, which would get no loss; use "
-            f"criterion({access.format(found[0])}, target) + 0.5 * F.cross_entropy({access.format('aux')}, target)"
+            f"criterion({access.format(found[0])}, target){others}"
         )
     return logits
 

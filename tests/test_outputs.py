@@ -73,6 +73,8 @@ def test_logits_that_are_no_floating_tensor_are_none(logits):
 def test_auxiliary_logits_are_refused_whatever_holds_them():
     with pytest.raises(ValueError, match=r"criterion\(output.out, target\) \+ 0.5 \* F.cross_entropy\(output.aux,"):
         the_logits(SimpleNamespace(out=Z, aux=Z))
+    with pytest.raises(ValueError, match=r"F.cross_entropy\(output.aux1, target\) \+ 0.5 \* .*\(output.aux2, target\)"):
+        the_logits(SimpleNamespace(logits=Z, aux1=Z, aux2=Z, aux3=None, aux_loss=SCALAR))
 
 
 @pytest.mark.parametrize(
