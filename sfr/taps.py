@@ -81,7 +81,8 @@ class Recorder:
     def begin(self) -> None:
         """Start to record a new forward; features nobody used are set aside until the next ones are used."""
         if not torch.compiler.is_compiling():
-            if self.features and not self._excused:
+            # A forward without any gradient, as of the averaged teacher of a model, is none that trains.
+            if not self._excused and any(feature.requires_grad for feature in self.features.values()):
                 self._note_unused()
             self._excused = False
             self._result = None
