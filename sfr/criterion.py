@@ -37,12 +37,16 @@ INDEX_BY_NAME = (
     "criterion(output, target) takes no third argument by position; numbers of samples are passed by name: "
     "criterion(output, target, index=index)"
 )
+MEAN = (
+    "the loss is the mean over the batch: multiply it by len(target) for the sum; the plain losses of single images "
+    "are nn.CrossEntropyLoss(reduction='none')(output, target)"
+)
 # What the arguments of nn.CrossEntropyLoss are called here.
 INSTEAD = {
     "label_smoothing": "label smoothing of 0.1 is SFRWrapper(model, smoothing='uniform', alpha=0.1)",
-    "reduction": "the loss is the mean over the batch: multiply it by len(target) for the sum",
-    "size_average": "the loss is the mean over the batch: multiply it by len(target) for the sum",
-    "reduce": "the loss is the mean over the batch: multiply it by len(target) for the sum",
+    "reduction": MEAN,
+    "size_average": MEAN,
+    "reduce": MEAN,
 }
 CLASS_WEIGHTS = "class weights are those of a loss of your own: label_loss=nn.CrossEntropyLoss(weight=...)"
 JOINED = (
@@ -50,6 +54,11 @@ JOINED = (
     "ranks (label statistics, past predictions, grouping='svd'), and the others would wait for it or fail. Give all "
     "ranks the same number of batches (DistributedSampler, Accelerate's loaders), or set smoothing='uniform' or 'none' "
     "where the model is wrapped"
+)
+TRANSFORMED = (
+    "the feature term cannot be computed inside a transform of torch.func (grad, vmap, jacrev, ...): the transport is "
+    "solved on the values, which the transform hides. Take loss.backward(), or torch.autograd.grad(loss, ...), which "
+    "also knows create_graph=True; and inside the transform a plain loss, such as F.cross_entropy"
 )
 
 EVALUATION = (
@@ -237,6 +246,7 @@ class SFRLoss(TensorState):
         num_items_in_batch: Tensor | int | None = None,
         index: Tensor | None = None,
         input: Any = None,
+        reduction: str = "mean",
     ) -> Tensor:
         """Return the loss of one batch as a 0-d tensor.
 
@@ -251,14 +261,18 @@ class SFRLoss(TensorState):
             index: numbers of the samples in the training set, shape (B,), for ``smoothing="past"``; else of no effect.
                 ``StackDataset(dataset, range(len(dataset)))`` of ``torch.utils.data`` gives each sample with its own.
             input: another name of `output`, that of ``nn.CrossEntropyLoss``.
+            reduction: "mean" and no other, for callers that pass what a loss function takes.
 
         Raises:
-            RuntimeError: if the features recorded are not those of the forward that gave the logits, or inside
-                ``model.join()`` of DDP, if there is something to exchange between the ranks.
+            RuntimeError: if the features recorded are not those of the forward that gave the logits, inside a transform
+                of ``torch.func``, or inside ``model.join()`` of DDP, if there is something to exchange between the
+                ranks.
             TypeError, ValueError: for an output or target of the wrong kind, shape or range.
         """
         if misplaced:
             raise TypeError(INDEX_BY_NAME)
+        if reduction != "mean":
+            raise ValueError(f"the criterion takes no reduction={reduction!r}; {MEAN}")
         loss = self._loss(input if output is None else output, target, index)
         if num_items_in_batch is None:
             return loss
@@ -276,6 +290,9 @@ class SFRLoss(TensorState):
             return self._plain(output, target)
         if record.joining and self._exchanges():
             raise RuntimeError(JOINED)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            recorder.abort()  # what was recorded inside the transform is of no use outside
+            raise RuntimeError(TRANSFORMED)
         logits = the_logits(output) if self.label_loss is None else part_with_graph(output)
         terms: Terms | None = recorder.result_again(logits, self)  # as for the two labels of MixUp
         again = terms is not None
@@ -290,7 +307,8 @@ class SFRLoss(TensorState):
             recorder.keep_result(logits, self, terms)
         pairs, distances = terms
         if not pairs:  # or the forward skipped the stages
-            self.last = LossParts(label.detach(), torch.zeros_like(label.detach()), weight)
+            # A copy, because loops that accumulate gradients divide the loss in place.
+            self.last = LossParts(label.detach().clone(), torch.zeros_like(label.detach()), weight)
             return label
         feature = torch.stack(list(pairs.values())).mean().to(label.device)
         if not feature.requires_grad:

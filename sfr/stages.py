@@ -129,7 +129,9 @@ def check_batches(outputs: Mapping[str, tuple[tuple[int, ...], Layout]], batch: 
         if not size or not batch or (size % batch and batch % size):
             raise ValueError(
                 f"stage {name!r} has shape {shape}, read as {layout!r} of a batch of {size}, but the logits are of a "
-                f"batch of {batch}: tap a module whose output is for the whole batch, with stages=[...]"
+                f"batch of {batch}: tap a module whose output is for the whole batch, with stages=[...]. If the logits "
+                "were picked out of the batch, pass all of them, and let a loss of your own pick: "
+                "label_loss=lambda logits, target: F.cross_entropy(logits[picked], target[picked])"
             )
     if len(set(sizes.values())) > 1:
         raise ValueError(
