@@ -69,8 +69,7 @@ def looked_into(run: CellRun, arm: SelfFeature, indices: Tensor, weight: float) 
     features = arm.model.sfr.take_features(logits)
     label = torch.nn.functional.cross_entropy(logits, run.train.labels[indices])
     pairs = {
-        pair: plan_facts(shallow, deep, arm.model.sfr.config.solver)
-        for pair, shallow, deep, _ in arm.criterion.matched_nodes(features)
+        pair.name: plan_facts(*pair.nodes, arm.model.sfr.config.solver) for pair in arm.criterion.pairs_of(features)
     }
     feature = weight * torch.stack([facts["emd"] for facts in pairs.values()]).mean()
     stages = {
@@ -90,7 +89,7 @@ def stage_nodes(arm: SelfFeature, features: dict[str, Tensor]) -> dict[str, Tens
     """Return the nodes of every stage at the grid of the configuration."""
     grid = arm.model.sfr.config.max_grid
     return {
-        name: to_nodes(*arm.criterion.map_of(name, feature), (grid, grid)).float() for name, feature in features.items()
+        name: to_nodes(arm.criterion.map_of(name, feature), (grid, grid)).float() for name, feature in features.items()
     }
 
 

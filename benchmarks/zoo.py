@@ -180,7 +180,8 @@ def attempt(name: str, group: str, config: dict[str, Any]) -> Record:
     logits = logits_of(model(inputs))
     features = model.sfr.take_features(logits)
     views = {stage: criterion.view_of(stage, feature) for stage, feature in features.items()}
-    terms, _ = criterion._feature_terms(features)  # each alone, to see where it sends a gradient
+    # Each alone, to see where it sends a gradient.
+    terms = {pair: term.value for pair, term in criterion.terms_of(features).items()}
     result = {
         "input": list(inputs.shape[1:]),
         "parameters": sum(parameter.numel() for parameter in plain.parameters()),

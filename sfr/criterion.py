@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from sfr.compiling import eager
-from sfr.config import IGNORE_INDEX, Layout, SFRConfig, near_names
+from sfr.config import IGNORE_INDEX, SFRConfig, near_names
 from sfr.discovery import assumed_view
 from sfr.labels import DynamicLabelSmoothing, checked_target, cross_entropy
-from sfr.losses import emd_l2, relative_distance
-from sfr.nodes import Grid, View, as_map, common_grids, match_channels, spatial_shape, to_nodes
+from sfr.nodes import View, as_map
 from sfr.outputs import part_with_graph, the_logits
 from sfr.record import Record, known_record, record_of
-from sfr.stages import check_batches, resolve_pairs
+from sfr.stages import check_batches
 from sfr.state import TensorState
+from sfr.term import Pair, Term, feature_terms, matched_pairs
 from sfr.warn import warn_user
 from sfr.wrapper import SFRWrapper, wrapped_in
 
-Terms: TypeAlias = tuple[dict[str, Tensor], dict[str, Tensor]]
+# Fields of the configuration that the feature term takes.
+PAIR_SETTINGS = ("pairs", "max_grid", "grouping", "detach_deep")
+TERM_SETTINGS = (*PAIR_SETTINGS, "cost", "marginals", "solver")
 
 # How often the flag of non-finite features is read where that makes the host wait for the device.
 CHECK_EVERY = 100
@@ -294,7 +296,7 @@ class SFRLoss(TensorState):
             recorder.abort()  # what was recorded inside the transform is of no use outside
             raise RuntimeError(TRANSFORMED)
         logits = the_logits(output) if self.label_loss is None else part_with_graph(output)
-        terms: Terms | None = recorder.result_again(logits, self)  # as for the two labels of MixUp
+        terms: dict[str, Term] | None = recorder.result_again(logits, self)  # as for the two labels of MixUp
         again = terms is not None
         features = {} if again else record.take_features(logits)
         self._label_step = self.labels.step = self._label_step if again else self.labels.step
@@ -302,23 +304,23 @@ class SFRLoss(TensorState):
         self.step += not again
         weight = self.current_weight()
         if terms is None:  # of an empty batch there are no features to match
-            terms = self._checked_terms(features, logits) if weight and logits.numel() else ({}, {})
+            terms = self._checked_terms(features, logits) if weight and logits.numel() else {}
         if logits.ndim:  # a loss in the place of logits comes once
             recorder.keep_result(logits, self, terms)
-        pairs, distances = terms
-        if not pairs:  # or the forward skipped the stages
+        if not terms:  # or the forward skipped the stages
             # A copy, because loops that accumulate gradients divide the loss in place.
             self.last = LossParts(label.detach().clone(), torch.zeros_like(label.detach()), weight)
             return label
-        feature = torch.stack(list(pairs.values())).mean().to(label.device)
+        feature = torch.stack([term.value for term in terms.values()]).mean().to(label.device)
         if not feature.requires_grad:
             self._warn_once(
                 "frozen",
                 "all the supervised stages are frozen: the feature term takes time and trains nothing. Unfreeze them, "
                 "or train inside model.disable() as long as they are frozen.",
             )
-        detached = {name: term.detach() for name, term in pairs.items()}
-        self.last = LossParts(label.detach(), feature.detach(), weight, detached, distances or detached)
+        pairs = {name: term.value.detach() for name, term in terms.items()}
+        distances = {name: term.distance for name, term in terms.items()}
+        self.last = LossParts(label.detach(), feature.detach(), weight, pairs, distances)
         self._warn_of_a_large_share(self.last)
         return label + weight * feature
 
@@ -343,8 +345,8 @@ class SFRLoss(TensorState):
         """Take over the class means of the epoch; needed with ``update="epoch"`` only."""
         self.labels.end_epoch()
 
-    def map_of(self, name: str, feature: Tensor) -> tuple[Tensor, Layout]:
-        """Return a stage's output without its prefix tokens, as a map, and the layout of that.
+    def map_of(self, name: str, feature: Tensor) -> Tensor:
+        """Return a stage's output as a map, channels first and without prefix tokens.
 
         Raises:
             ValueError: naming the stage, if its output cannot be read so.
@@ -365,84 +367,49 @@ class SFRLoss(TensorState):
                 raise ValueError(f"stage {name!r} {error}") from None
         return self._views[name]
 
-    def _checked_terms(self, features: dict[str, Tensor], logits: Tensor) -> Terms:
-        """Return :meth:`_feature_terms`, once all stages are known to be of the batch of the logits."""
+    def pairs_of(self, features: Mapping[str, Tensor]) -> Iterator[Pair]:
+        """Yield what the transport of each pair is between, of features as ``model.sfr.take_features`` gives them."""
+        squares = self.config.cost == "sqeuclidean"
+        return matched_pairs(self._maps(features), squares=squares, **self._settings(PAIR_SETTINGS, features))
+
+    def terms_of(self, features: Mapping[str, Tensor]) -> dict[str, Term]:
+        """Return the feature term of every pair, of features as ``model.sfr.take_features`` gives them."""
+        return feature_terms(self._maps(features), **self._settings(TERM_SETTINGS, features))
+
+    def _maps(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.map_of(name, feature) for name, feature in features.items()}
+
+    def _settings(self, names: Sequence[str], features: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the settings of the feature term, and the names of all stages, also of those a forward skipped."""
+        order = known_record(self._model).recorder.order
+        order = order if features.keys() <= set(order) else list(features)
+        return {name: getattr(self.config, name) for name in names} | {"order": order, "sync": self.labels.sync}
+
+    def _checked_terms(self, features: dict[str, Tensor], logits: Tensor) -> dict[str, Term]:
+        """Return :meth:`terms_of`, once all stages are known to be of the batch of the logits."""
         outputs = {
             name: (tuple(feature.shape), self.view_of(name, feature).layout) for name, feature in features.items()
         }
         check_batches(outputs, len(logits) if self.label_loss is None else None)
-        return self._feature_terms(features)
+        terms = self.terms_of(features)
+        self._warn_of_nonfinite(terms)
+        return terms
 
-    def _feature_terms(self, features: dict[str, Tensor]) -> Terms:
-        """Return the feature term of every pair, and where they are not the terms the distances for the log."""
-        config, terms, distances = self.config, {}, {}
-        for pair, shallow, deep, finite in self.matched_nodes(features):
-            values = emd_l2(
-                shallow, deep, cost=config.cost, marginals=config.marginals, solver=config.solver, reduction="none"
-            )
-            terms[pair] = (values.reshape(len(finite), -1).mean(dim=1) * finite).mean()
-            if config.cost == "sqeuclidean":
-                distances[pair] = relative_distance(values.detach(), shallow.detach(), deep.detach())
-        self._warn_of_nonfinite()
-        return terms, distances
-
-    def matched_nodes(self, features: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-        """Yield for every pair of stages what the transport is between.
-
-        Args:
-            features: stage outputs by name, from the shallowest on, as :meth:`Record.take_features` gives them.
-
-        Yields:
-            "shallow <- deep"; the nodes of the two, (B * G, N, C) and (B * G, M, C), G problems an image
-            (:func:`sfr.nodes.match_channels`); and (B,), which images have finite features.
-        """
-        config, order = self.config, known_record(self._model).recorder.order
-        names = order if features.keys() <= set(order) else list(features)
-        device = next((each.device for each in reversed(features.values())), None)  # of a model spread over several
-        maps = {name: self.map_of(name, feature) for name, feature in features.items()}
-        shapes = {name: spatial_shape(*stage_map) for name, stage_map in maps.items()}
-        pooled: dict[tuple[str, Grid], tuple[Tensor, Tensor]] = {}
-
-        def nodes_of(name: str, grid: Grid) -> tuple[Tensor, Tensor]:
-            if (name, grid) not in pooled:
-                pooled[name, grid] = self._finite(to_nodes(*maps[name], grid).to(device))
-            return pooled[name, grid]
-
-        for i, j in resolve_pairs(config.pairs, names):
-            if names[i] not in features or names[j] not in features:
-                continue  # a stage that the forward skipped
-            grids = common_grids(shapes[names[i]], shapes[names[j]], config.max_grid)
-            shallow, shallow_finite = nodes_of(names[i], grids[0])
-            deep, deep_finite = nodes_of(names[j], grids[1])
-            if config.detach_deep:
-                deep = deep.detach()
-            matched = match_channels(shallow, deep, config.grouping, sync=self.labels.sync)
-            yield f"{names[i]} <- {names[j]}", *matched, shallow_finite & deep_finite
-
-    def _finite(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """Zero the nodes of images that hold a non-finite value; return them and which images are sound.
-
-        The squared distance needs values whose squares can be summed, too.
-        """
-        squares = self.config.cost == "sqeuclidean"
-        values = 4 * nodes.detach().square().sum(dim=2, keepdim=True) if squares else nodes.detach()
-        finite = values.isfinite().all(dim=2).all(dim=1)
-        if "nonfinite" not in self._warned:
-            found = ~finite.detach().all()
-            self._nonfinite = found if self._nonfinite is None else self._nonfinite | found
-        return torch.where(finite[:, None, None], nodes, 0.0), finite
-
-    def _warn_of_nonfinite(self) -> None:
-        flag = self._nonfinite
-        if flag is None or (flag.device.type != "cpu" and self.step % CHECK_EVERY):
+    def _warn_of_nonfinite(self, terms: Mapping[str, Term]) -> None:
+        """Warn, once, if an image's features are not finite; read seldom where that makes the host wait."""
+        if "nonfinite" in self._warned or not terms:
             return
-        self._nonfinite = None
-        if flag:
+        found = ~torch.stack([term.finite.all() for term in terms.values()]).all()
+        self._nonfinite = found if self._nonfinite is None else self._nonfinite | found
+        if found.device.type != "cpu" and self.step % CHECK_EVERY:
+            return
+        if self._nonfinite:
             self._warn_once(
                 "nonfinite",
                 f"non-finite features at or before step {self.step}: their images get a feature term of zero. "
                 "Look at the learning rate and, with float16, at the loss scale.",
             )
+        self._nonfinite = None
 
     def _warn_of_a_large_share(self, parts: LossParts) -> None:
         """Warn, once, if the feature term has been a large share of the loss for many steps."""

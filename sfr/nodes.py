@@ -67,25 +67,30 @@ def spatial_shape(feature: Shaped, layout: Layout) -> Grid:
     return tuple(feature.shape[2:] if layout == "channels_first" else feature.shape[1:-1])
 
 
-def as_map(feature: Tensor, view: View) -> tuple[Tensor, Layout]:
-    """Return a stage output without its prefix tokens, tokens of an image laid out as its map; and the layout of that.
+def as_map(feature: Tensor, view: View) -> Tensor:
+    """Return a stage output as a map: channels first, without prefix tokens, tokens of an image laid out as its map.
+
+    Returns:
+        A view of shape (B, C, *spatial), or (B, C) of a vector.
 
     Raises:
-        ValueError: if there are no more tokens than prefix tokens.
+        ValueError: if the output has not as many axes as the layout needs, or no more tokens than prefix tokens.
 
     Example:
-        >>> feature, layout = as_map(torch.zeros(2, 197, 192), View("tokens", prefix=1, grid=(14, 14)))
-        >>> feature.shape, layout
-        (torch.Size([2, 14, 14, 192]), 'channels_last')
+        >>> as_map(torch.zeros(2, 197, 192), View("tokens", prefix=1, grid=(14, 14))).shape
+        torch.Size([2, 192, 14, 14])
     """
-    if view.layout not in ("tokens", "sequence_first") or feature.ndim != 3:
-        return feature, view.layout
+    spatial_shape(feature, view.layout)
+    if view.layout in ("vector", "channels_first"):
+        return feature
     if view.layout == "sequence_first":
         feature = feature.transpose(0, 1)
-    count = feature.shape[1] - view.prefix
-    if count < 1:
-        raise ValueError(f"has {feature.shape[1]} tokens, of which prefix_tokens={view.prefix} leave none")
-    return feature[:, view.prefix :].unflatten(1, token_grid(count, view.grid)), "channels_last"
+    if view.layout != "channels_last":
+        count = feature.shape[1] - view.prefix
+        if count < 1:
+            raise ValueError(f"has {feature.shape[1]} tokens, of which prefix_tokens={view.prefix} leave none")
+        feature = feature[:, view.prefix :].unflatten(1, token_grid(count, view.grid))
+    return feature.movedim(-1, 1)
 
 
 def token_grid(count: int, grid: Grid) -> Grid:
@@ -124,27 +129,19 @@ def _limited(shape: Grid, max_grid: int) -> Grid:
     return tuple(min(size, limit) for size in shape)
 
 
-def to_nodes(feature: Tensor, layout: Layout, grid: Grid) -> Tensor:
+def to_nodes(feature_map: Tensor, grid: Grid) -> Tensor:
     """Average-pool a feature map to `grid` and return its cells as nodes.
 
     Args:
-        feature: a stage output, see :func:`spatial_shape`.
-        layout: its memory layout, not "auto".
+        feature_map: shape (B, C, *spatial), or (B, C) of a vector, which is one node; see :func:`as_map`.
         grid: cells along each spatial axis, none larger than the map's own.
 
     Returns:
         Nodes of shape (B, N, C) with N the number of cells, in float32 (float64 stays).
     """
-    if layout == "vector":
-        nodes = feature.unsqueeze(1)
-    else:
-        if layout == "sequence_first":
-            feature = feature.permute(1, 2, 0)
-        elif layout != "channels_first":
-            feature = feature.movedim(-1, 1)
-        if tuple(feature.shape[2:]) != grid:
-            feature = _pool(feature, grid)
-        nodes = feature.flatten(2).transpose(1, 2)
+    if tuple(feature_map.shape[2:]) != grid:
+        feature_map = _pool(feature_map, grid)
+    nodes = feature_map.flatten(2).transpose(1, 2) if grid else feature_map.unsqueeze(1)
     return nodes if nodes.dtype == torch.float64 else nodes.float()
 
 

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sfr.config import Layout
 from sfr.criterion import LARGE_SHARE, LossParts, SFRLoss
 from sfr.measure import StepCost, compare_steps
-from sfr.nodes import cells, common_grids, match_channels, spatial_shape, to_nodes
 from sfr.outputs import logits_in
 from sfr.record import known_record
-from sfr.stages import resolve_pairs
+from sfr.term import Pair
 from sfr.transport import default_solver
 from sfr.wrapper import SelfFeatures, forward_arguments
 
@@ -176,29 +174,20 @@ def _some_index(num_samples: int | None, logits: Tensor) -> Tensor | None:
 
 
 def _describe(criterion: SFRLoss, features: dict[str, Tensor]) -> tuple[tuple[StageRow, ...], tuple[PairRow, ...]]:
-    config, model = criterion.config, criterion.model
+    model = criterion.model
     views = {name: criterion.view_of(name, feature) for name, feature in features.items()}
     stages = tuple(
         StageRow(name, type(model.get_submodule(name)).__name__, tuple(feature.shape), view.layout, view.prefix)
         for (name, feature), view in zip(features.items(), views.values(), strict=True)
     )
-    maps = {name: _of_one_image(*criterion.map_of(name, feature)) for name, feature in features.items()}
-    pairs = []
-    order = known_record(model).recorder.order
-    for i, j in resolve_pairs(config.pairs, order):
-        if order[i] not in features or order[j] not in features:
-            continue  # a stage that this forward skipped
-        shallow, deep = maps[order[i]], maps[order[j]]
-        grids = common_grids(spatial_shape(*shallow), spatial_shape(*deep), config.max_grid)
-        sides = to_nodes(*shallow, grids[0]), to_nodes(*deep, grids[1])
-        _, matched = match_channels(*sides, config.grouping, sync=False)
-        sizes = (cells(grids[0]), cells(grids[1]))
-        pairs.append(PairRow(order[i], order[j], sizes, matched.shape[2], matched.shape[0]))
-    return stages, tuple(pairs)
+    pairs = tuple(map(_pair_row, criterion.pairs_of(features)))
+    return stages, pairs
 
 
-def _of_one_image(stage_map: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
-    return stage_map[:1], layout
+def _pair_row(pair: Pair) -> PairRow:
+    shallow, deep = pair.nodes
+    sizes, plans = (shallow.shape[1], deep.shape[1]), len(deep) // len(pair.finite)
+    return PairRow(pair.shallow, pair.deep, sizes, deep.shape[2], plans)
 
 
 def _mean_of(output: Any) -> Tensor:

@@ -98,8 +98,8 @@ def test_nodes_of_a_model_spread_over_devices_meet_where_its_last_stage_is(build
     model, criterion = build()
     model(batch[0])
     features = model._sfr.recorder.features | {"5": torch.empty(8, 32, 4, 4, device="meta")}
-    for _, shallow, deep, finite in criterion.matched_nodes(features):
-        assert {part.device.type for part in (shallow, deep, finite)} == {"meta"}
+    for pair in criterion.pairs_of(features):
+        assert {part.device.type for part in (*pair.nodes, pair.finite)} == {"meta"}
 
 
 def test_a_vector_stage_is_one_node(make_net, batch):

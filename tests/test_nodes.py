@@ -72,13 +72,13 @@ def reference_nodes_2d(feature: Tensor, grid: tuple[int, int]) -> Tensor:
 @pytest.mark.parametrize(("length", "grid"), [(8, 4), (7, 3), (5, 5), (6, 1)])
 def test_nodes_of_a_1d_map_are_means_over_its_cells(length: int, grid: int) -> None:
     feature = features(2, 3, length)
-    torch.testing.assert_close(to_nodes(feature, "channels_first", (grid,)), reference_nodes_1d(feature, grid))
+    torch.testing.assert_close(to_nodes(feature, (grid,)), reference_nodes_1d(feature, grid))
 
 
 @pytest.mark.parametrize(("size", "grid"), [((8, 8), (4, 4)), ((7, 5), (3, 2)), ((4, 6), (4, 6)), ((5, 4), (1, 4))])
 def test_nodes_of_a_2d_map_are_means_over_its_cells(size: tuple[int, int], grid: tuple[int, int]) -> None:
     feature = features(2, 3, *size)
-    torch.testing.assert_close(to_nodes(feature, "channels_first", grid), reference_nodes_2d(feature, grid))
+    torch.testing.assert_close(to_nodes(feature, grid), reference_nodes_2d(feature, grid))
 
 
 def test_nodes_of_a_3d_map_are_means_over_its_cells() -> None:
@@ -89,47 +89,50 @@ def test_nodes_of_a_3d_map_are_means_over_its_cells() -> None:
             for k in range(2):
                 cell = feature[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2, k : k + 1]
                 expected[:, (i * 3 + j) * 2 + k] = cell.mean(dim=(2, 3, 4))
-    torch.testing.assert_close(to_nodes(feature, "channels_first", (2, 3, 2)), expected)
+    torch.testing.assert_close(to_nodes(feature, (2, 3, 2)), expected)
 
 
 @pytest.mark.parametrize(("size", "grid"), [((8, 6), (4, 3)), ((7, 5), (3, 2)), ((4, 4), (4, 4))])
 def test_nodes_of_a_channels_last_map_are_means_over_its_cells(size: tuple[int, int], grid: tuple[int, int]) -> None:
     feature = features(2, *size, 3)
     expected = reference_nodes_2d(feature.permute(0, 3, 1, 2), grid)
-    torch.testing.assert_close(to_nodes(feature, "channels_last", grid), expected)
+    torch.testing.assert_close(to_nodes(as_map(feature, View("channels_last")), grid), expected)
 
 
 @pytest.mark.parametrize(("count", "grid"), [(12, 4), (7, 3)])
 def test_nodes_of_tokens_are_means_over_neighbouring_tokens(count: int, grid: int) -> None:
     feature = features(2, count, 3)
     expected = reference_nodes_1d(feature.transpose(1, 2), grid)
-    torch.testing.assert_close(to_nodes(feature, "tokens", (grid,)), expected)
+    torch.testing.assert_close(to_nodes(as_map(feature, View("tokens")), (grid,)), expected)
 
 
 def test_nodes_of_tokens_at_full_count_are_the_tokens() -> None:
     feature = features(2, 9, 5)
-    assert torch.equal(to_nodes(feature, "tokens", (9,)), feature)
+    assert torch.equal(to_nodes(as_map(feature, View("tokens")), (9,)), feature)
 
 
 def test_tokens_of_an_image_are_its_map_row_by_row_without_the_prefix() -> None:
     feature = features(2, 2 + 12, 5)
-    unfolded, layout = as_map(feature, View("tokens", 2, (6, 8)))
-    assert layout == "channels_last"
+    unfolded = as_map(feature, View("tokens", 2, (6, 8)))
+    assert unfolded.shape == (2, 5, 3, 4)
     for row in range(3):
         for column in range(4):
-            assert torch.equal(unfolded[:, row, column], feature[:, 2 + row * 4 + column])
+            assert torch.equal(unfolded[:, :, row, column], feature[:, 2 + row * 4 + column])
 
 
 def test_tokens_of_a_sequence_keep_one_axis() -> None:
     feature = features(2, 12, 5)
-    unfolded, layout = as_map(feature, View("tokens"))
-    assert torch.equal(unfolded, feature)
-    assert spatial_shape(unfolded, layout) == (12,)
+    unfolded = as_map(feature, View("tokens"))
+    assert torch.equal(unfolded, feature.transpose(1, 2))
+    assert torch.equal(as_map(feature.transpose(0, 1), View("sequence_first")), unfolded)
 
 
-def test_any_other_layout_is_left_alone() -> None:
-    feature = features(2, 3, 4, 4)
-    assert as_map(feature, View("channels_first")) == (feature, "channels_first")
+def test_a_map_has_its_channels_first_and_shares_the_memory_of_the_output() -> None:
+    feature = features(2, 3, 4, 5)
+    for layout, output in (("channels_first", feature), ("channels_last", feature.permute(0, 2, 3, 1))):
+        unfolded = as_map(output, View(layout))
+        assert torch.equal(unfolded, feature)
+        assert unfolded.data_ptr() == feature.data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -151,13 +154,13 @@ def test_grid_of_tokens_has_the_proportions_of_the_map(count: int, grid: Grid, e
 
 def test_node_of_a_vector_is_the_vector() -> None:
     feature = features(2, 5)
-    assert torch.equal(to_nodes(feature, "vector", ()), feature[:, None, :])
+    assert torch.equal(to_nodes(as_map(feature, View("vector")), ()), feature[:, None, :])
 
 
 def test_nodes_do_not_depend_on_the_memory_format() -> None:
     feature = features(2, 3, 8, 8)
     strided = feature.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(to_nodes(strided, "channels_first", (4, 4)), to_nodes(feature, "channels_first", (4, 4)))
+    torch.testing.assert_close(to_nodes(strided, (4, 4)), to_nodes(feature, (4, 4)))
 
 
 @pytest.mark.parametrize(
@@ -183,19 +186,19 @@ def test_nodes_do_not_depend_on_the_memory_format() -> None:
 def test_nodes_are_float64_for_a_float64_map_and_float32_otherwise(
     shape: tuple[int, ...], layout: Any, grid: Grid, dtype: torch.dtype, expected: torch.dtype
 ) -> None:
-    assert to_nodes(torch.ones(shape, dtype=dtype), layout, grid).dtype == expected
+    assert to_nodes(as_map(torch.ones(shape, dtype=dtype), View(layout)), grid).dtype == expected
 
 
 def test_gradient_of_a_node_is_spread_evenly_over_its_cell() -> None:
     feature = features(1, 1, 4, 4).requires_grad_()
-    to_nodes(feature, "channels_first", (2, 2))[0, 3, 0].backward()
+    to_nodes(feature, (2, 2))[0, 3, 0].backward()
     expected = torch.zeros(1, 1, 4, 4)
     expected[0, 0, 2:, 2:] = 0.25
     assert torch.equal(feature.grad, expected)
 
 
 def test_nodes_of_an_empty_batch_are_empty() -> None:
-    assert to_nodes(torch.zeros(0, 3, 8, 8), "channels_first", (4, 4)).shape == (0, 16, 3)
+    assert to_nodes(torch.zeros(0, 3, 8, 8), (4, 4)).shape == (0, 16, 3)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +235,7 @@ def test_spatial_shape_is_what_is_neither_batch_nor_channels(
 )
 def test_map_with_a_wrong_number_of_axes_is_refused_with_its_shape(shape: tuple[int, ...], layout: Any) -> None:
     with pytest.raises(ValueError, match=f"layout '{layout}' needs") as caught:
-        spatial_shape(torch.zeros(shape), layout)
+        as_map(torch.zeros(shape), View(layout))
     assert f"got shape {shape}" in str(caught.value)
 
 

@@ -503,9 +503,9 @@ def test_tokens_with_the_batch_second_are_read_as_those_with_the_batch_first(blo
     features = {name: torch.randn(17, images, 16) for name in model.sfr.stage_names}
     swapped = {name: feature.transpose(0, 1) for name, feature in features.items()}
     criterion = sfr.SFRLoss(model)
-    terms = criterion._feature_terms(features)
+    terms = criterion.terms_of(features)
     criterion._views = {name: View("tokens", 1, (4, 4)) for name in features}
-    assert criterion._feature_terms(swapped) == terms
+    assert [term.value for term in criterion.terms_of(swapped).values()] == [term.value for term in terms.values()]
 
 
 @pytest.mark.parametrize("options", [{}, {"stages": r"blocks\..", "prefix_tokens": 1}], ids=["discovered", "named"])

@@ -37,10 +37,9 @@ class SlowSupervisor(SelfFeature):
         self._follow()
         images, labels = self.task.images(indices), self.task.labels[indices]
         logits, slow_logits = self.model(images), self.average(images)
-        own = self.criterion.matched_nodes(self.model.sfr.take_features(logits))
-        slow = self.criterion.matched_nodes(self.average.sfr.take_features(slow_logits))
-        pairs = zip(own, slow, strict=True)
-        terms = [self.distance(shallow, deep) for (_, shallow, _, _), (_, _, deep, _) in pairs]
+        own = self.criterion.pairs_of(self.model.sfr.take_features(logits))
+        slow = self.criterion.pairs_of(self.average.sfr.take_features(slow_logits))
+        terms = [self.distance(pair.nodes[0], other.nodes[1]) for pair, other in zip(own, slow, strict=True)]
         return self.criterion.labels(logits, labels, indices) + self.weight * torch.stack(terms).mean()
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 import sfr
 from baselines.arm import Arm, Task
 from sfr.config import Grouping
-from sfr.nodes import common_grids, match_channels, spatial_shape, to_nodes
+from sfr.nodes import common_grids, match_channels, to_nodes
 
 WARMUP = 20 / 240  # of the run
 
@@ -54,7 +54,7 @@ class TeacherFreeFeatureDistillation(Arm):
 
 def distance(shallow: Tensor, deep: Tensor, grouping: Grouping, max_grid: int | None) -> Tensor:
     """Return the mean squared distance, 0-d, of maps (B, C, H, W) and (B, D, h, w)."""
-    shapes = [spatial_shape(feature, "channels_first") for feature in (shallow, deep)]
+    shapes = [tuple(feature.shape[2:]) for feature in (shallow, deep)]
     grids = common_grids(shapes[0], shapes[1], max_grid or max(shapes[1]))
-    nodes = [to_nodes(feature, "channels_first", grid) for feature, grid in zip((shallow, deep), grids, strict=True)]
+    nodes = [to_nodes(feature, grid) for feature, grid in zip((shallow, deep), grids, strict=True)]
     return F.mse_loss(*match_channels(nodes[0], nodes[1], grouping))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sfr.nodes import spatial_shape, to_nodes
+from sfr.nodes import View, as_map, to_nodes
 from sfr.outputs import feature_of
 from sfr.stages import infer_layout
 
@@ -112,8 +112,8 @@ class PooledFeatures(nn.Module):
 
         def tap(module: nn.Module, _: Any, output: Any) -> None:
             feature = feature_of(name, output)
-            layout = infer_layout(module, feature)
-            nodes = to_nodes(feature, layout, (1,) * len(spatial_shape(feature, layout)))
+            feature_map = as_map(feature, View(infer_layout(module, feature)))
+            nodes = to_nodes(feature_map, (1,) * (feature_map.ndim - 2))
             features.append(nodes.squeeze(1).clone())  # the next layer may write over the output
 
         handle = self.model.get_submodule(name).register_forward_hook(tap)

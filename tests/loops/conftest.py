@@ -16,16 +16,18 @@ def regularized(monkeypatch) -> Callable[[sfr.SFRLoss], None]:
     A step that is not checked counts for none: the check is of the last call of the criterion.
     """
     reached: set[str] = set()
-    matched_nodes = sfr.SFRLoss.matched_nodes
+    matched_pairs = sfr.term.matched_pairs
 
-    def watched(criterion, features):
+    def watched(maps, **settings):
         reached.clear()
-        for pair, shallow, *rest in matched_nodes(criterion, features):
+        for pair in matched_pairs(maps, **settings):
+            shallow = pair.nodes[0]
             if shallow.requires_grad:
-                shallow.register_hook(lambda gradient, pair=pair: reached.add(pair) if gradient.any() else None)
-            yield pair, shallow, *rest
+                note = lambda gradient, name=pair.name: reached.add(name) if gradient.any() else None  # noqa: E731
+                shallow.register_hook(note)
+            yield pair
 
-    monkeypatch.setattr(sfr.SFRLoss, "matched_nodes", watched)
+    monkeypatch.setattr(sfr.term, "matched_pairs", watched)
 
     def check(criterion: sfr.SFRLoss) -> None:
         last = criterion.last

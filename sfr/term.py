@@ -1,0 +1,135 @@
+"""The feature term: the deep maps of a network supervise its shallow ones. Pure functions of maps, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sfr.config import Cost, Grouping, Marginals, Pairs, Solver
+from sfr.losses import emd_l2, relative_distance
+from sfr.nodes import Grid, common_grids, match_channels, to_nodes
+from sfr.stages import resolve_pairs
+
+
+class Pair(NamedTuple):
+    """What the transport of one pair of stages is between.
+
+    Args:
+        shallow, deep: names of the stages.
+        nodes: of the two, (B * G, N, C) and (B * G, M, C), G problems an image (:func:`sfr.nodes.match_channels`).
+        finite: which images have finite features on both sides, (B,); the nodes of others are zero.
+    """
+
+    shallow: str
+    deep: str
+    nodes: tuple[Tensor, Tensor]
+    finite: Tensor
+
+    @property
+    def name(self) -> str:
+        """ "shallow <- deep"."""
+        return f"{self.shallow} <- {self.deep}"
+
+
+class Term(NamedTuple):
+    """The feature term of one pair.
+
+    Args:
+        value: the term, 0-d; an image whose features are not finite counts as 0.
+        distance: how far apart the two sides are, 0-d, without gradient: the term or, with "sqeuclidean", the term over
+            the sum of the mean squares of both sides.
+        finite: which images have finite features, (B,).
+    """
+
+    value: Tensor
+    distance: Tensor
+    finite: Tensor
+
+
+def feature_terms(
+    maps: Mapping[str, Tensor],
+    *,
+    order: Sequence[str] | None = None,
+    pairs: Pairs | Sequence[tuple[int | str, int | str]] = "all",
+    max_grid: int = 4,
+    grouping: Grouping = "mean",
+    detach_deep: bool = True,
+    cost: Cost = "cosine",
+    marginals: Marginals = "uniform",
+    solver: Solver = "auto",
+    sync: bool = True,
+) -> dict[str, Term]:
+    r"""Return the feature term of every pair of stages, by "shallow <- deep".
+
+    Both maps of a pair are pooled to a common grid, whose cells are the nodes; the deep channels are brought to the
+    number of the shallow ones; and the term is the mean over the images of :func:`sfr.emd_l2` between the nodes.
+
+    Args:
+        maps: outputs of the stages, channels first, (B, C, *spatial), or (B, C) of vectors, by name, the shallowest
+            first.
+        order: names of all stages, if `maps` may lack some, whose pairs are left out. Default: those of `maps`.
+        pairs, max_grid, grouping, detach_deep, cost, marginals, solver: see :class:`sfr.SFRConfig`.
+        sync: see :func:`sfr.nodes.match_channels`.
+
+    Example:
+        >>> maps = {"layer1": torch.randn(2, 8, 16, 16), "layer2": torch.randn(2, 16, 8, 8)}
+        >>> list(feature_terms(maps))
+        ['layer1 <- layer2']
+    """
+    terms = {}
+    squares = cost == "sqeuclidean"
+    for pair in matched_pairs(
+        maps, order=order, pairs=pairs, max_grid=max_grid, grouping=grouping, detach_deep=detach_deep, squares=squares,
+        sync=sync,
+    ):  # fmt: skip
+        values = emd_l2(*pair.nodes, cost=cost, marginals=marginals, solver=solver, reduction="none")
+        value = (values.reshape(len(pair.finite), -1).mean(dim=1) * pair.finite).mean()
+        distance = value.detach()
+        if cost == "sqeuclidean":
+            distance = relative_distance(values.detach(), *(nodes.detach() for nodes in pair.nodes))
+        terms[pair.name] = Term(value, distance, pair.finite)
+    return terms
+
+
+def matched_pairs(
+    maps: Mapping[str, Tensor],
+    *,
+    order: Sequence[str] | None = None,
+    pairs: Pairs | Sequence[tuple[int | str, int | str]] = "all",
+    max_grid: int = 4,
+    grouping: Grouping = "mean",
+    detach_deep: bool = True,
+    squares: bool = False,
+    sync: bool = True,
+) -> Iterator[Pair]:
+    """Yield what the transport of each pair is between; arguments as of :func:`feature_terms`.
+
+    With `squares` the features have to be small enough that the squares of their differences can be summed.
+    """
+    names = list(maps) if order is None else order
+    device = next((maps[name].device for name in reversed(list(maps))), None)  # of a model spread over several
+    pooled: dict[tuple[str, Grid], tuple[Tensor, Tensor]] = {}
+
+    def nodes_of(name: str, grid: Grid) -> tuple[Tensor, Tensor]:
+        if (name, grid) not in pooled:
+            pooled[name, grid] = _finite(to_nodes(maps[name], grid).to(device), squares)
+        return pooled[name, grid]
+
+    for i, j in resolve_pairs(pairs, names):
+        if names[i] not in maps or names[j] not in maps:
+            continue
+        grids = common_grids(tuple(maps[names[i]].shape[2:]), tuple(maps[names[j]].shape[2:]), max_grid)
+        shallow, shallow_finite = nodes_of(names[i], grids[0])
+        deep, deep_finite = nodes_of(names[j], grids[1])
+        matched = match_channels(shallow, deep.detach() if detach_deep else deep, grouping, sync=sync)
+        yield Pair(names[i], names[j], matched, shallow_finite & deep_finite)
+
+
+def _finite(nodes: Tensor, squares: bool) -> tuple[Tensor, Tensor]:
+    """Zero the nodes of images that hold a value that is not finite; return them and which images are sound."""
+    values = 4 * nodes.detach().square().sum(dim=2, keepdim=True) if squares else nodes.detach()
+    finite = values.isfinite().all(dim=2).all(dim=1)
+    return torch.where(finite[:, None, None], nodes, 0.0), finite
