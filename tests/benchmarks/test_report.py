@@ -71,6 +71,13 @@ def rows(text: str, arm: str) -> list[list[str]]:
     return [cells for cells in lines if cells[0] == arm]
 
 
+def peers_of(found) -> str:
+    """The facts, the table of the peers and what is missing in it, of each group that the plot shows."""
+    shown = report.main_groups(found)
+    parts = [(report.facts(group), report.arms_table(group, report.PEERS), report.not_run(group)) for group in shown]
+    return "\n\n".join(part for group in parts for part in group)
+
+
 def test_pages_are_those_of_the_committed_cells():
     for page, text in report.pages(report.read_groups(report.RESULTS)).items():
         assert page.read_text() == text, f"{page.name} is out of date: python benchmarks/report.py"
@@ -94,10 +101,10 @@ def test_committed_cells_of_sfr_are_named_by_what_differs_from_today_s_defaults(
 
 def test_row_holds_mean_deviation_and_paired_difference(read):
     [group] = read(*scored("vanilla", {0: 0.30, 1: 0.34}), *scored("sfr", {0: 0.33, 1: 0.35}))
-    [row] = rows(report.readme_part([group]), "**sfr**")
+    [row] = rows(peers_of([group]), "**sfr**")
     # deviation sqrt(2) / 2 * 2; differences 3 and 1: mean 2, standard error sqrt(2) / sqrt(2)
     assert row == ["**sfr**", "34.00 ± 1.41", "+2.00 ± 1.00", "80.0", "5.0", "", "", "2"]
-    [base] = rows(report.readme_part([group]), "vanilla")
+    [base] = rows(peers_of([group]), "vanilla")
     assert base == ["vanilla", "32.00 ± 2.83", "", "80.0", "5.0", "", "", "2"]
 
 
@@ -114,19 +121,19 @@ def test_gains_of_sfr_over_each_peer_stand_beside_it_for_both_label_terms(read):
 
 def test_difference_is_over_the_seeds_that_both_have(read):
     [group] = read(*scored("vanilla", {0: 0.30, 1: 0.34, 7: 0.1}), *scored("sfr", {0: 0.33, 1: 0.35, 5: 0.9}))
-    [row] = rows(report.readme_part([group]), "**sfr**")
+    [row] = rows(peers_of([group]), "**sfr**")
     assert row[2] == "+2.00 ± 1.00, 2 paired"
     assert row[-1] == "3"
 
 
 def test_no_difference_without_a_common_seed(read):
     [group] = read(*scored("vanilla", {0: 0.30}), *scored("sfr", {1: 0.33}))
-    assert rows(report.readme_part([group]), "**sfr**")[0][2] == ""
+    assert rows(peers_of([group]), "**sfr**")[0][2] == ""
 
 
 def test_one_seed_has_no_margin(read):
     [group] = read(*scored("vanilla", {0: 0.30}), *scored("sfr", {0: 0.32}))
-    assert rows(report.readme_part([group]), "**sfr**")[0][1:3] == ["32.00", "+2.00"]
+    assert rows(peers_of([group]), "**sfr**")[0][1:3] == ["32.00", "+2.00"]
 
 
 def test_standard_error_is_the_deviation_over_the_root_of_the_number(read):
@@ -134,7 +141,7 @@ def test_standard_error_is_the_deviation_over_the_root_of_the_number(read):
         *scored("vanilla", dict.fromkeys(range(4), 0.3)), *scored("sfr", {0: 0.30, 1: 0.30, 2: 0.34, 3: 0.34})
     )
     # differences 0, 0, 4, 4: variance 16 / 3, so sqrt(16 / 3 / 4)
-    assert rows(report.readme_part([group]), "**sfr**")[0][2] == "+2.00 ± 1.15"
+    assert rows(peers_of([group]), "**sfr**")[0][2] == "+2.00 ± 1.15"
 
 
 def test_peers_are_held_against_sfr(read):
@@ -170,7 +177,7 @@ def test_parts_do_not_show_in_each_other_s_tables(read):
     assert "12.00" in of_test
     assert "21.00" in of_held_out
     assert "22.00" in of_held_out
-    for text in (of_test, report.readme_part(found), *report.robustness([found[0]])):
+    for text in (of_test, peers_of(found), *report.robustness([found[0]])):
         assert "21.00" not in text
         assert "22.00" not in text
     assert "11.00" not in of_held_out
@@ -189,13 +196,13 @@ def test_every_arm_has_a_row_and_variants_are_sorted_with_what_they_are_compared
 
 def test_peers_without_a_cell_are_named_and_have_no_row(read):
     cells = [record(arm, 0, 0.3) for arm in report.PEERS if arm not in ("byot", "ps-kd")]
-    text = report.readme_part(read(*cells))
+    text = peers_of(read(*cells))
     assert "Not run: PS-KD, BYOT." in text
     assert not rows(text, "BYOT")
-    assert "Not run" not in report.readme_part(read(*cells, record("byot", 0, 0.3), record("ps-kd", 0, 0.3)))
+    assert "Not run" not in peers_of(read(*cells, record("byot", 0, 0.3), record("ps-kd", 0, 0.3)))
 
 
-def test_the_readme_shows_the_tests_of_the_main_schedules_and_the_long_run_first(read):
+def test_the_plot_shows_the_tests_of_the_main_schedules_and_the_long_run_first(read):
     kinds = [
         ("full-30", "test"),
         ("tenth", "test"),
@@ -204,23 +211,37 @@ def test_the_readme_shows_the_tests_of_the_main_schedules_and_the_long_run_first
         ("tenth", "held-out"),
     ]
     cells = [record(arm, 0, 0.3, schedule=name, part=part) for name, part in kinds for arm in ("vanilla", "sfr")]
-    text = report.readme_part(read(*cells))
+    text = peers_of(read(*cells))
     assert re.findall("--schedule ([^ ]+) --part ([^`]+)`", text) == [kinds[2], kinds[1], kinds[0]]
+
+
+def test_the_readme_has_a_row_for_each_situation_with_paired_gains_and_their_seeds(read):
+    cells = [
+        *scored("vanilla", {0: 0.30, 1: 0.34}),
+        *scored("sfr", {0: 0.33, 1: 0.35}),
+        *scored(report.PAST, {1: 0.40}),
+        record("vanilla", 0, 0.5, schedule="no situation"),
+        record("sfr", 0, 0.5, schedule="tenth-16px"),  # without vanilla there is no gain
+    ]
+    lines = report.readme_part(read(*cells)).splitlines()
+    assert lines[-1] == "| the same, 32 px | 32.0 | +2.00 ± 1.00 (2) |  | +6.00 (1) | `tenth`, test part |"
+    assert sum(line.startswith("| ") for line in lines) == 3  # with the head
+    assert report.readme_part([]) == report.NOTHING_YET
 
 
 @pytest.mark.parametrize(("image_size", "factor"), [(32, 1.02), (16, 1.1)])
 def test_vanilla_is_to_train_for_as_long_as_sfr_takes_on_images_of_that_size(read, image_size, factor):
     arms = [arm for arm in report.PEERS if not arm.startswith("vanilla-longer")]
     cells = [record(arm, 0, 0.3, image_size=image_size) for arm in arms]
-    assert f"Not run: vanilla, {round(100 * factor - 100)} % longer." in report.readme_part(read(*cells))
+    assert f"Not run: vanilla, {round(100 * factor - 100)} % longer." in peers_of(read(*cells))
     there = record(f"vanilla-longer@factor={factor}", 0, 0.3, image_size=image_size)
-    assert "Not run" not in report.readme_part(read(*cells, there))
+    assert "Not run" not in peers_of(read(*cells, there))
 
 
 def test_costs_stand_beside_the_arms_they_were_measured_for(read):
     cells = [*scored("vanilla", {0: 0.3}), *scored("sfr", {0: 0.3})]
     [group] = read(*cells, costs=COSTS)
-    text = report.readme_part([group])
+    text = peers_of([group])
     assert rows(text, "**sfr**")[0][-3:] == ["1.05x", "1.10x", "1"]
     assert rows(text, "vanilla")[0][-3:] == ["", "", "1"]
 
