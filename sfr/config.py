@@ -86,8 +86,17 @@ def near_names(name: object, known: Iterable[str], count: int = 3) -> str:
     return ", ".join(map(repr, difflib.get_close_matches(str(name), list(known), n=count, cutoff=0.5)))
 
 
-def check_ramp(alpha: float | None, alpha_end: float | None, alpha_steps: int) -> None:
-    """Raise if alpha is to move and it is not said how fast, or the other way round."""
+def check_alpha(alpha: float | Ramp | None, alpha_end: float | None, alpha_steps: int) -> None:
+    """Raise if alpha leaves [0, 1], or is to move and it is not said how fast, or is said twice."""
+    if isinstance(alpha, Ramp):
+        if alpha_end is not None:
+            raise ValueError("alpha_end has no effect beside alpha=Ramp(...), which says itself how alpha moves")
+        for name in ("start", "end"):
+            check_number(f"alpha: the {name} of the ramp", getattr(alpha, name), 0, 1)
+    elif alpha is not None:
+        check_number("alpha", alpha, 0, 1)
+    if alpha_end is not None:
+        check_number("alpha_end", alpha_end, 0, 1)
     if alpha_end is not None and alpha_end != alpha and alpha_steps == 1:
         raise ValueError(
             f"alpha_end={alpha_end!r} needs alpha_steps, the training steps over which alpha moves to it, at least 2: "
@@ -169,11 +178,10 @@ class SFRConfig:
             it predicted for the same sample when it last saw it, as PS-KD; the criterion then needs `index`), or
             "uniform".
         num_samples: samples of the training set, >= 1; for "past", which needs it, and for nothing else.
-        alpha: weight of the smoothing distribution in the target, in [0, 1]. None means 0.5 for "class_mean" (Zhang
-            et al., arXiv 2011.12562) and "past", 0.1 for "uniform"; with "class_mean" soft targets (MixUp, CutMix)
-            are smoothed only if `alpha` or `alpha_end` is given.
-        alpha_end: if given, alpha moves linearly from `alpha` to `alpha_end` over `alpha_steps` steps.
-        alpha_steps: length of that move in training steps; needed with `alpha_end`, >= 2.
+        alpha: weight of the smoothing distribution in the target, in [0, 1], or a :class:`Ramp`. None means 0.5 for
+            "class_mean" (Zhang et al., arXiv 2011.12562) and "past", 0.1 for "uniform"; with "class_mean" soft targets
+            (MixUp, CutMix) are smoothed only if `alpha` or `alpha_end` is given.
+        alpha_end, alpha_steps: another way to write ``alpha=Ramp(alpha, alpha_end, alpha_steps)``; both or neither.
         momentum: weight of one sample in the running class means, in (0, 1]. 0.01 averages over about 100 samples.
         update: "running" (class means move at every step) or "epoch" (Zhang et al.; call ``criterion.end_epoch()``).
         ignore_index: class index that marks a label to be left out of the label term; -100, as ``F.cross_entropy``.
@@ -201,7 +209,7 @@ class SFRConfig:
     solver: Solver = "auto"
     smoothing: Smoothing = "none"
     num_samples: int | None = None
-    alpha: float | None = None
+    alpha: float | Ramp | None = None
     alpha_end: float | None = None
     alpha_steps: int = 1
     momentum: float = 0.01
@@ -226,11 +234,10 @@ class SFRConfig:
         check_number("momentum", self.momentum, 1e-6, 1)
         check_number("ignore_index", self.ignore_index, -(2**63), 2**63 - 1, whole=True)
         check_num_samples("smoothing", self.smoothing, self.num_samples)
-        for name in ("alpha", "alpha_end"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), 0, 1)
+        if isinstance(self.alpha, Mapping):  # a ramp that went through JSON
+            self._freeze("alpha", Ramp(**self.alpha))
+        check_alpha(self.alpha, self.alpha_end, self.alpha_steps)
         check_effect("smoothing", self.smoothing, {name: getattr(self, name) for names in EFFECTIVE for name in names})
-        check_ramp(self.alpha, self.alpha_end, self.alpha_steps)
         if not isinstance(self.detach_deep, bool):
             raise TypeError(f"detach_deep must be a bool; got {self.detach_deep!r}")
         if isinstance(self.pairs, str):

@@ -13,13 +13,14 @@ from torch import Tensor
 from sfr.config import (
     DEFAULT_ALPHA,
     IGNORE_INDEX,
+    Ramp,
     Smoothing,
     Update,
+    check_alpha,
     check_choice,
     check_effect,
     check_num_samples,
     check_number,
-    check_ramp,
     plain_number,
 )
 from sfr.past import PastPredictions
@@ -140,9 +141,9 @@ class DynamicLabelSmoothing(TensorState):
 
     Args:
         mode: "class_mean", "past", "uniform" (S = 1/K) or "none" (plain cross-entropy).
-        alpha: share of S in the target, in [0, 1]; None means 0.5, 0.5, 0.1 and 0 for the four modes.
-        alpha_end: if given, alpha moves linearly to it over `alpha_steps` training steps.
-        alpha_steps: length of that move; needed with `alpha_end`, >= 2.
+        alpha: share of S in the target, in [0, 1], or an :class:`sfr.Ramp`; None means 0.5, 0.5, 0.1 and 0 for the
+            four modes.
+        alpha_end, alpha_steps: another way to write ``alpha=Ramp(alpha, alpha_end, alpha_steps)``; both or neither.
         momentum: weight of one sample in the running mean, in (0, 1].
         update: "running" or "epoch".
         ignore_index: class index that marks a label to be left out, as in ``F.cross_entropy``; where all are, the loss
@@ -171,7 +172,7 @@ class DynamicLabelSmoothing(TensorState):
     def __init__(
         self,
         mode: Smoothing = "class_mean",
-        alpha: float | None = None,
+        alpha: float | Ramp | None = None,
         alpha_end: float | None = None,
         alpha_steps: int = 1,
         momentum: float = 0.01,
@@ -185,19 +186,17 @@ class DynamicLabelSmoothing(TensorState):
         check_choice("mode", mode, Smoothing)
         check_num_samples("mode", mode, num_samples)
         check_choice("update", update, Update)
-        ramp = {"alpha": alpha, "alpha_end": alpha_end, "alpha_steps": alpha_steps}
-        self.smooth_soft_targets = not (alpha is None and alpha_end is None)
-        alpha = DEFAULT_ALPHA[mode] if alpha is None else alpha
-        alpha_end = alpha if alpha_end is None else alpha_end
-        check_number("alpha", alpha, 0, 1)
-        check_number("alpha_end", alpha_end, 0, 1)
+        label_fields = {"alpha": alpha, "alpha_end": alpha_end, "alpha_steps": alpha_steps, "momentum": momentum}
         check_number("alpha_steps", alpha_steps, 1, whole=True)
-        check_ramp(alpha, alpha_end, alpha_steps)
+        check_alpha(alpha, alpha_end, alpha_steps)
         check_number("momentum", momentum, 1e-6, 1)
-        check_effect("mode", mode, {**ramp, "momentum": momentum, "update": update})
+        check_effect("mode", mode, {**label_fields, "update": update})
         check_number("ignore_index", ignore_index, -(2**63), 2**63 - 1, whole=True)
         self.mode, self.update, self.ignore_index, self.sync = mode, update, plain_number(ignore_index), sync
-        self.alpha, self.alpha_end, self.alpha_steps = map(plain_number, (alpha, alpha_end, alpha_steps))
+        self.smooth_soft_targets = not (alpha is None and alpha_end is None)
+        start = DEFAULT_ALPHA[mode] if alpha is None else alpha
+        end = start if alpha_end is None else alpha_end
+        self.alpha = start if isinstance(start, Ramp) else Ramp(*map(plain_number, (start, end, alpha_steps)))
         self.momentum = plain_number(momentum)
         self.step = 0
         self._looked = False
@@ -222,12 +221,16 @@ class DynamicLabelSmoothing(TensorState):
 
     def current_alpha(self) -> float:
         """Return the alpha of the next training step."""
-        return self.alpha + (self.alpha_end - self.alpha) * min(1.0, self.step / self.alpha_steps)
+        return self.alpha.at(self.step)
+
+    @property
+    def _is_idle(self) -> bool:
+        return self.alpha.start == self.alpha.end == 0
 
     @property
     def exchanges(self) -> bool:
         """Whether a training step exchanges something with the other ranks, if there are any."""
-        moved = self.mode == "past" or (self.mode == "class_mean" and not self.alpha == self.alpha_end == 0)
+        moved = self.mode == "past" or (self.mode == "class_mean" and not self._is_idle)
         return self.sync and moved
 
     def forward(self, logits: Tensor, target: Tensor, index: Tensor | None = None) -> Tensor:
@@ -245,7 +248,7 @@ class DynamicLabelSmoothing(TensorState):
         # Where looking at the values makes the host wait, once is enough.
         target = checked_target(logits, target, self.ignore_index, wait=not self._looked)
         self._looked = True
-        if not self.training or self.mode == "none" or self.alpha == self.alpha_end == 0:
+        if not self.training or self.mode == "none" or self._is_idle:
             return cross_entropy(logits, target, self.ignore_index)
         if self.past is not None:
             return self._towards_the_past(self.past, logits, target, index)
@@ -394,7 +397,7 @@ class DynamicLabelSmoothing(TensorState):
             rest[-1].append(NO_STATISTICS.format(self.step))  # the list of errors
 
     def extra_repr(self) -> str:
-        return f"mode={self.mode}, alpha={self.alpha}, alpha_end={self.alpha_end}, update={self.update}"
+        return f"mode={self.mode}, alpha={self.alpha}, update={self.update}"
 
 
 def _cross_entropy_towards(

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sfr.config import SFRConfig
+import sfr
+from sfr.config import Ramp, SFRConfig
 
 FULL: dict[str, Any] = {
     "stages": ("layer1", "layer2", "layer3"),
@@ -265,3 +266,11 @@ def test_numbers_of_numpy_of_another_kind_are_refused(name: str, value: Any) -> 
 def test_numbers_of_numpy_out_of_range_are_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="weight must"):
         SFRConfig(weight=value)
+
+
+def test_a_ramp_of_alpha_survives_json_and_reaches_the_criterion(make_net):
+    config = SFRConfig(smoothing="class_mean", alpha=Ramp(0, 0.8, steps=10))
+    again = SFRConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    criterion = sfr.SFRLoss(sfr.SFRWrapper(make_net(), again))
+    assert criterion.labels.alpha == Ramp(0, 0.8, steps=10)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfr.config import Ramp
 from sfr.labels import DynamicLabelSmoothing, smooth_labels
 
 CLASSES = 4
@@ -137,6 +138,38 @@ def test_class_mean_mode_smooths_uniformly_before_any_class_is_seen() -> None:
 def test_none_mode_is_cross_entropy_bit_for_bit(soft: bool) -> None:
     logits, target = batch(6, seed=1)[0], targets(soft)
     assert torch.equal(DynamicLabelSmoothing("none")(logits, target), F.cross_entropy(logits, target))
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_ramp_of_alpha_moves_it_as_its_end_and_length_do(after: int) -> None:
+    logits, target = batch(6, seed=1)
+    ramped = DynamicLabelSmoothing(alpha=Ramp(0.1, 0.9, steps=4, after=after))
+    written_out = DynamicLabelSmoothing(alpha=0.1, alpha_end=0.9, alpha_steps=4)
+    for _ in range(after):
+        assert ramped.current_alpha() == 0.1
+        ramped(logits, target)
+        written_out(logits, target)
+    written_out.step = 0
+    for _ in range(6):
+        assert ramped.current_alpha() == written_out.current_alpha()
+        assert torch.equal(ramped(logits, target), written_out(logits, target))
+    assert ramped.current_alpha() == 0.9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": Ramp(0, 2, steps=3)}, r"the end of the ramp must lie in \[0, 1\]; got 2"),
+        (
+            {"alpha": Ramp(0, 0.5, steps=3), "alpha_end": 0.8, "alpha_steps": 4},
+            "alpha_end has no effect beside alpha=Ramp",
+        ),
+        ({"mode": "none", "alpha": Ramp(0, 0.5, steps=3)}, "without effect with mode='none', leave out: alpha"),
+    ],
+)
+def test_a_ramp_of_alpha_that_cannot_be_is_an_error_that_says_why(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DynamicLabelSmoothing(**options)
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def test_the_wrapper_s_criterion_takes_numbers_from_a_data_loader() -> None:
     for _ in range(2):
         for (images, labels), index in DataLoader(StackDataset(data, range(len(data))), batch_size=5, shuffle=True):
             logits = model(images)
-            expected = by_hand.loss(logits.detach(), labels, index, alpha=criterion.labels.alpha)
+            expected = by_hand.loss(logits.detach(), labels, index, alpha=criterion.labels.current_alpha())
             assert criterion(logits, labels, index=index).item() == pytest.approx(expected, rel=1e-3)
     with pytest.raises(ValueError, match="StackDataset"):
         criterion(model(images), labels)

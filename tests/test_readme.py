@@ -66,7 +66,7 @@ def test_the_guide_runs_from_top_to_bottom():
     exec(GUIDE[3], names)
     names["loss"].backward()
     assert (names["criterion"].labels.past.table.sum(dim=1) > 0).all()
-    assert names["model"].sfr.config.alpha_steps == 3
+    assert names["model"].sfr.config.alpha == sfr.Ramp(0, 0.8, steps=3)
     names["model"] = sfr.SFRWrapper(names["model"])
     exec(GUIDE[4], names)
     names["criterion"](names["model"](names["x"]), names["y"]).backward()

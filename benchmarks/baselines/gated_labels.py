@@ -29,7 +29,7 @@ class GatedLabels(SelfFeature):
     def __init__(self, task: Task, gate: str = "class", **config: Any) -> None:
         super().__init__(task, **config)
         alpha = self.model.sfr.config.alpha
-        alpha = DEFAULT_ALPHA["class_mean"] if alpha is None else alpha
+        alpha = alpha if isinstance(alpha, float) else DEFAULT_ALPHA["class_mean"]
         if gate not in GATES:
             raise ValueError(f"gate must be one of {', '.join(GATES)}; got {gate!r}")
         self.criterion.labels = GATES[gate](alpha, task.num_classes)
