@@ -57,6 +57,10 @@ JOINED = (
     "ranks the same number of batches (DistributedSampler, Accelerate's loaders), or set smoothing='uniform' or 'none' "
     "where the model is wrapped"
 )
+OTHER_SETTINGS = (
+    "the model has been wrapped again, with other settings than those this criterion was made with: make a new one, "
+    "criterion = sfr.SFRLoss(model)"
+)
 TRANSFORMED = (
     "the feature term cannot be computed inside a transform of torch.func (grad, vmap, jacrev, ...): the transport is "
     "solved on the values, which the transform hides. Take loss.backward(), or torch.autograd.grad(loss, ...), which "
@@ -287,6 +291,8 @@ class SFRLoss(TensorState):
         if not self.training or not torch.is_grad_enabled() or record.disabled:
             recorder.excuse()
             return self._plain(output, target)
+        if record.config is not self.config and record.config != self.config:
+            raise RuntimeError(OTHER_SETTINGS)
         if not record.records(self._model) and not recorder.recorded:
             self._warn_once("evaluation", EVALUATION)
             return self._plain(output, target)

@@ -59,6 +59,7 @@ class StageFinder:
         self._reader = Reader(config, ())
         self._gradient = True
         self._batch: int | None = None
+        self._depth = 0
         self._logits: Tensor | None = None
         self._open = ExitStack()
 
@@ -79,6 +80,9 @@ class StageFinder:
         self._open.close()
 
     def _begin(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        self._depth += 1
+        if self._depth > 1:  # the model calls itself
+            return
         tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim)
         self._batch = next((len(tensor) for tensor in tensors), None)
         self._reader = self._reader_of(self._batch)
@@ -107,6 +111,9 @@ class StageFinder:
 
     def _end(self, _: nn.Module, __: Any, output: Any) -> None:
         """Read all that was seen once more, now that the batch of the logits is known."""
+        self._depth -= 1
+        if self._depth:
+            return
         self._logits = logits_in(output)
         batch = len(self._logits) if self._logits is not None and self._logits.ndim > 1 else None
         reader = self._reader_of(batch, self._batch)
@@ -192,6 +199,12 @@ class StageFinder:
         if self._sightings and len(others) == len(self._sightings):
             name, shape = others[0].name, others[0].shape
             return f": no output has the batch, {self._batch}, as its first axis: {name!r} has shape {shape}"
+        repeated = [name for name, count in self._calls.items() if count > 1]
+        if repeated:
+            return (
+                f": {len(repeated)} module(s) ran more than once in the forward, as {repeated[0]!r}, and a stage has "
+                "to run once. A model that calls one encoder for several inputs can call it once, on torch.cat([a, b])"
+            )
         left_out = self.left_out()
         return f": left out: {', '.join(left_out)}" if left_out else ""
 

@@ -90,9 +90,9 @@ def feature_of(name: str, output: Any) -> Tensor:
     """
     features = features_in(output)
     if not features:
+        got = f"one of {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
         raise TypeError(
-            f"stage {name!r} returns no floating-point tensor but {type(output).__name__}; "
-            "tap a submodule that does, with stages=[...]"
+            f"stage {name!r} returns no floating-point tensor but {got}; tap a submodule that does, with stages=[...]"
         )
     return features[0]
 

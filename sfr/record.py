@@ -105,10 +105,10 @@ class Record:
         self.recorder.begin()
         try:
             output = plain(model, *args, **kwargs)
+            self.recorder.end()
         except BaseException:
             self.recorder.abort()
             raise
-        self.recorder.end()
         if not torch.compiler.is_compiling():
             self._check_silence(model)
         return output
@@ -187,7 +187,8 @@ class Record:
         if features is None:
             raise RuntimeError(
                 "the logits do not come from the last training forward of the wrapped model alone, whose features are "
-                "recorded; call the criterion right after each forward, with its output, and add the losses"
+                "recorded; call the criterion right after each forward, with its output, and add the losses. A "
+                "criterion belongs to the model it was made for: for another one, or a copy, make a new SFRLoss"
             )
         return features
 
@@ -197,8 +198,9 @@ class Record:
 
 
 NO_FEATURES = (
-    "no features are recorded. The criterion needs a forward of the wrapped model (called as model(x), not "
-    "model.forward(x), and not unwrapped) in training mode and with gradient just before it. It may be called again, "
+    "no features are recorded. A criterion belongs to the model it was made for: for another one, or a copy, make a "
+    "new SFRLoss. It needs a forward of the wrapped model (called as model(x), not model.forward(x), and not "
+    "unwrapped) in training mode and with gradient just before it. It may be called again, "
     "as for the two labels of MixUp, only with the very same logits and before the next forward. Other outputs of that "
     "forward, as of auxiliary classifiers, get a plain loss, F.cross_entropy(auxiliary, target); or one label_loss= "
     "takes all outputs. For a validation loss call criterion.eval(), or compute it under torch.no_grad()."

@@ -46,7 +46,7 @@ def find_stages(model: nn.Module, stages: str | Sequence[str]) -> dict[str, nn.M
                 f"so: {', '.join(inside[:5])}{more}; stages=r'.*\\.(?:{stages})' matches them"
             )
     else:
-        everything = dict(model.named_modules(remove_duplicate=False))
+        everything = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
         for name in stages:
             if name in everything and name not in modules:
                 first = next(other for other, module in modules.items() if module is everything[name])

@@ -49,6 +49,7 @@ class Recorder:
     def __init__(self) -> None:
         self.features: dict[str, Tensor] = {}
         self.unused: dict[str, Tensor] = {}
+        self._without_gradient: dict[str, bool] = {}
         self.order: list[str] = []  # the stages from the shallowest on, as far as forwards have shown
         self._recorded = False  # whether there is a forward to use, maybe one that skipped all stages
         self._recording = False
@@ -88,6 +89,7 @@ class Recorder:
             self._result = None
         self.unused, self.features = self.features, {}
         self._recording, self._recorded, self._watched = True, False, False
+        self._without_gradient = {}
 
     def excuse(self) -> None:
         """Take note that the features are left unused on purpose."""
@@ -103,30 +105,39 @@ class Recorder:
             )
 
     def record(self, name: str, output: Any) -> None:
-        """Keep the tensor of a stage's output.
+        """Keep the tensor of a stage's output; of one that also runs without gradient, the other output.
 
         Raises:
-            RuntimeError: if the stage has been recorded in this forward already, or runs without gradient.
+            RuntimeError: if the stage has been recorded in this forward already.
             TypeError: if the output holds no floating tensor.
         """
         if not self._recording:
             return
+        if not torch.is_grad_enabled():
+            self._without_gradient[name] = True
+            return
         if name in self.features:
             raise RuntimeError(
                 f"stage {name!r} fired twice in one forward: it is shared or called in a loop. Tap the modules around "
-                "it instead, with stages=[...]."
-            )
-        if not torch.is_grad_enabled():
-            raise RuntimeError(
-                f"stage {name!r} ran without gradient inside a training forward. With gradient checkpointing pass "
-                "use_reentrant=False, or tap the modules around the checkpointed one with stages=[...]; a part of the "
-                "model under torch.no_grad() cannot be a stage."
+                "it instead, with stages=[...]. A model that calls one encoder for several inputs can call it once, on "
+                "torch.cat([a, b])."
             )
         self.features[name] = feature_of(name, output)
 
     def end(self) -> None:
-        """Close the record."""
+        """Close the record.
+
+        Raises:
+            RuntimeError: if a stage ran without gradient only.
+        """
         self._recording, self._recorded = False, bool(self._names)
+        for name in self._without_gradient:
+            if name not in self.features:
+                raise RuntimeError(
+                    f"stage {name!r} ran without gradient inside a training forward. With gradient checkpointing pass "
+                    "use_reentrant=False, or tap the modules around the checkpointed one with stages=[...]; a part of "
+                    "the model under torch.no_grad() cannot be a stage."
+                )
 
     def note_watched(self, features: dict[str, Tensor] | None = None) -> None:
         """Take note that the last forward was watched, and take over the features found by that."""
@@ -200,7 +211,7 @@ class Recorder:
 
     def __getstate__(self) -> dict[str, Any]:
         # Features belong to one autograd graph: they can neither be copied nor pickled, and a copy has no use for them.
-        nothing: dict[str, Any] = {"features": {}, "unused": {}, "_result": None}
+        nothing: dict[str, Any] = {"features": {}, "unused": {}, "_without_gradient": {}, "_result": None}
         return self.__dict__ | nothing | {"_recording": False, "_recorded": False}
 
 

@@ -78,8 +78,11 @@ def _namespace(plain: Any, wrapper: type) -> dict[str, Any]:
 
     @functools.wraps(plain.__init__)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        if RECORD not in self.__dict__:  # else Python calls it after SFRWrapper.__new__
-            plain.__init__(self, *args, **kwargs)
+        if (args and args[0] is self) or kwargs.get("model") is self:
+            return  # Python calls it after SFRWrapper.__new__, which was given the model
+        plain.__init__(self, *args, **kwargs)
+        if RECORD not in self.__dict__ and PLAIN in vars(type(self)):  # of model[:3], or type(model)(...)
+            swap_class(self, plain)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         reduced = plain.__reduce_ex__(self, protocol)

@@ -264,11 +264,9 @@ def forward_arguments(model: nn.Module, example_input: tuple[Any, ...]) -> tuple
     Raises:
         TypeError: if the model's forward does not take them.
     """
-    args, kwargs = example_input, {}
-    if len(example_input) == 1:
-        (only,) = example_input
-        kwargs = dict(only) if isinstance(only, Mapping) else {}
-        args = () if kwargs else tuple(only) if isinstance(only, (tuple, list)) else (only,)
+    only = example_input[0] if len(example_input) == 1 else example_input
+    kwargs = dict(only) if isinstance(only, Mapping) else {}
+    args = () if kwargs else tuple(only) if isinstance(only, (tuple, list)) else (only,)
     try:
         signature = inspect.signature(model.forward)
     except ValueError:
@@ -279,6 +277,7 @@ def forward_arguments(model: nn.Module, example_input: tuple[Any, ...]) -> tuple
         given = ", ".join([type(each).__name__ for each in args] + [f"{name}=..." for name in kwargs])
         raise TypeError(
             f"the model is called as forward{signature}, and the example input gives it ({given}): {error}. Give what "
-            "your loop calls the model with, as in model.report(x): of a batch (images, labels), the images alone"
+            "your loop calls the model with, as in model.report(x): of a batch (images, labels), the images alone. If "
+            "the forward takes a list or a dict as one argument, put it into a tuple: model.report((images,))"
         ) from None
     return args, kwargs

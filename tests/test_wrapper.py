@@ -227,6 +227,81 @@ def test_a_model_wrapped_again_has_the_new_settings(net, batch):
     assert type(model).__mro__.count(sfr.SFRWrapper) == 1
 
 
+def test_a_criterion_made_with_other_settings_is_an_error_that_says_what_to_do(net, batch):
+    model = sfr.SFRWrapper(net)
+    criterion = sfr.SFRLoss(model)
+    model = sfr.SFRWrapper(model, weight=0, pairs="last")
+    with pytest.raises(RuntimeError, match=r"wrapped again, with other settings.*criterion = sfr\.SFRLoss\(model\)"):
+        criterion(model(batch[0]), batch[1])
+    criterion = sfr.SFRLoss(model)
+    sfr.SFRWrapper(model, weight=0, pairs="last")  # the same settings: a cell of a notebook that is run again
+    criterion(model(batch[0]), batch[1]).backward()
+    assert criterion.last.weight == 0
+
+
+def test_a_criterion_of_another_model_is_an_error_that_says_so(make_net, batch):
+    criterion = sfr.SFRLoss(sfr.SFRWrapper(make_net()))
+    other = sfr.SFRWrapper(make_net())
+    with pytest.raises(RuntimeError, match=r"belongs to the model it was made for.*make a new SFRLoss"):
+        criterion(other(batch[0]), batch[1])
+    criterion.model(batch[0])
+    with pytest.raises(RuntimeError, match=r"belongs to the model it was made for.*make a new SFRLoss"):
+        criterion(other(batch[0]), batch[1])
+
+
+class SelfTeacher(nn.Module):
+    """Runs its net once without gradient, and once with it."""
+
+    def __init__(self, net, first):
+        super().__init__()
+        self.net, self.first = net, first
+
+    def forward(self, x):
+        if self.first == "without":
+            with torch.no_grad():
+                self.target = self.net(x.flip(-1))
+        logits = self.net(x)
+        if self.first == "with":
+            with torch.no_grad():
+                self.target = self.net(x.flip(-1))
+        return logits
+
+
+@pytest.mark.parametrize("first", ["without", "with"])
+@pytest.mark.parametrize("stages", [None, ["net.1", "net.3"]])
+def test_a_stage_that_also_runs_without_gradient_counts_where_it_has_one(net, batch, first, stages):
+    model = sfr.SFRWrapper(SelfTeacher(net, first), stages=stages)
+    criterion = sfr.SFRLoss(model)
+    for _ in range(3):
+        criterion(model(batch[0]), batch[1]).backward()
+        assert criterion.last.feature > 0
+    assert all(feature.requires_grad for feature in features_of(model).values())
+
+
+class Siamese(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, a, b):
+        return self.net(a) - self.net(b)
+
+
+def test_an_encoder_that_runs_twice_is_an_error_whose_advice_works(net, batch):
+    model = sfr.SFRWrapper(Siamese(net))
+    with pytest.raises(ValueError, match=r"ran more than once in the forward, as 'net.0'.*torch\.cat\(\[a, b\]\)"):
+        model(batch[0], batch[0] + 1)
+    model = sfr.SFRWrapper(net)
+    criterion = sfr.SFRLoss(model, label_loss=lambda output, _: (output[:8] - output[8:]).square().mean())
+    criterion(model(torch.cat([batch[0], batch[0] + 1])), None).backward()
+    assert criterion.last.feature > 0
+
+
+def test_the_root_is_no_stage(net):
+    with pytest.raises(ValueError, match="the model has no stage ''"):
+        sfr.SFRWrapper(net, stages=["1", ""])
+
+
 def test_settings_that_are_refused_leave_the_wrapping_of_before(net, batch):
     model = sfr.SFRWrapper(net, stages=["1", "3"])
     with pytest.raises(ValueError, match="no stage"):
@@ -376,10 +451,18 @@ def test_the_first_floating_tensor_of_a_container_is_the_feature(batch, make):
     assert torch.equal(features_of(model)["middle"], features_of(model)["first"])
 
 
-@pytest.mark.parametrize("make", [lambda x: None, lambda x: "text", lambda x: x > 0], ids=["None", "str", "bool"])
-def test_a_stage_without_a_floating_tensor_is_an_error_that_names_it(batch, make):
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        pytest.param(lambda x: None, "NoneType", id="None"),
+        pytest.param(lambda x: "text", "str", id="str"),
+        pytest.param(lambda x: x > 0, "one of torch.bool", id="bool"),
+        pytest.param(lambda x: x.cfloat(), "one of torch.complex64", id="complex"),
+    ],
+)
+def test_a_stage_without_a_floating_tensor_is_an_error_that_names_it(batch, make, got):
     model = sfr.SFRWrapper(Outputs(make), stages=["first", "middle"])
-    with pytest.raises(TypeError, match="stage 'middle' returns no floating-point tensor"):
+    with pytest.raises(TypeError, match=f"stage 'middle' returns no floating-point tensor but {got};"):
         model(batch[0])
 
 
