@@ -59,7 +59,7 @@ class StageFinder:
         self._reader = Reader(config, ())
         self._gradient = True
         self._batch: int | None = None
-        self._depth = 0
+        self._nested = 0
         self._logits: Tensor | None = None
         self._open = ExitStack()
 
@@ -80,8 +80,8 @@ class StageFinder:
         self._open.close()
 
     def _begin(self, _: nn.Module, args: Any, kwargs: Any) -> None:
-        self._depth += 1
-        if self._depth > 1:  # the model calls itself
+        self._nested += 1
+        if self._nested > 1:  # the model calls itself
             return
         tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim)
         self._batch = next((len(tensor) for tensor in tensors), None)
@@ -111,8 +111,8 @@ class StageFinder:
 
     def _end(self, _: nn.Module, __: Any, output: Any) -> None:
         """Read all that was seen once more, now that the batch of the logits is known."""
-        self._depth -= 1
-        if self._depth:
+        self._nested -= 1
+        if self._nested:
             return
         self._logits = logits_in(output)
         batch = len(self._logits) if self._logits is not None and self._logits.ndim > 1 else None
