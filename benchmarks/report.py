@@ -171,7 +171,7 @@ def inserted(page: Path, generated: str) -> str:
 def readme_part(groups: Sequence[Group]) -> str:
     """Return one row for each situation that has cells."""
     rows = [row for key, words in SITUATIONS.items() for row in situation(groups, key, words)]
-    heads = ["trained", "plain, %", *SUMMED.values(), "command: `--schedule`"]
+    heads = ["trained", "plain, %", *SUMMED.values(), "`--schedule`"]
     return f"{SUMMARY}\n\n{markdown_table(heads, rows)}" if rows else NOTHING_YET
 
 
@@ -182,7 +182,7 @@ def situation(groups: Iterable[Group], key: tuple[str, str, str], words: str) ->
             base = group.scores(BASE)
             found = [differences(group.scores(arm), base) for arm in SUMMED]
             gains = [f"{with_error(paired)} ({len(paired)})" if paired else "" for paired in found]
-            return [[words, f"{100 * mean(base.values()):.1f}", *gains, f"`{key[0]}`, {key[2]} part"]]
+            return [[words, f"{100 * mean(base.values()):.1f}", *gains, f"`{key[0]}` ({key[2]})"]]
     return []
 
 

@@ -4,8 +4,8 @@
     python examples/compare.py --labels 10 --epochs 100   # so few that the two lines cost half a point to a point
 
 The data are scikit-learn's digits. Thirty images of each class are labelled for training, one label in five is wrong,
-and all other images are the test set. The trainings of a seed share labelled images, initial weights and the order of the
-batches, so they are compared in pairs. The result is that of the last epoch; every seed is printed.
+and all other images are the test set. The trainings of a seed share labelled images, initial weights and the order of
+the batches, so they are compared in pairs. The result is that of the last epoch; every seed is printed.
 """
 
 import argparse

@@ -36,7 +36,8 @@ def test_the_pages_have_their_snippets():
 
 
 def test_the_readme_has_at_most_a_thousand_words():
-    assert len((ROOT / "README.md").read_text().split()) <= 1000
+    words = [word for word in (ROOT / "README.md").read_text().split() if any(map(str.isalnum, word))]
+    assert len(words) <= 1000
 
 
 def test_the_two_lines_train_and_give_the_model_back():

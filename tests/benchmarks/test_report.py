@@ -224,7 +224,7 @@ def test_the_readme_has_a_row_for_each_situation_with_paired_gains_and_their_see
         record("sfr", 0, 0.5, schedule="tenth-16px"),  # without vanilla there is no gain
     ]
     lines = report.readme_part(read(*cells)).splitlines()
-    assert lines[-1] == "| the same, 32 px | 32.0 | +2.00 ± 1.00 (2) |  | +6.00 (1) | `tenth`, test part |"
+    assert lines[-1] == "| the same, 32 px | 32.0 | +2.00 ± 1.00 (2) |  | +6.00 (1) | `tenth` (test) |"
     assert sum(line.startswith("| ") for line in lines) == 3  # with the head
     assert report.readme_part([]) == report.NOTHING_YET
 
