@@ -25,8 +25,8 @@ from sfr.warn import warn_user
 from sfr.wrapper import SFRWrapper, wrapped_in
 
 # Fields of the configuration that the feature term takes.
-PAIR_SETTINGS = ("pairs", "max_grid", "grouping", "detach_deep")
-TERM_SETTINGS = (*PAIR_SETTINGS, "cost", "marginals", "solver")
+PAIR_SETTINGS = ("pairs", "max_grid", "grouping", "detach_deep", "cost")
+TERM_SETTINGS = (*PAIR_SETTINGS, "marginals", "solver")
 
 # How often the flag of non-finite features is read where that makes the host wait for the device.
 CHECK_EVERY = 100
@@ -375,8 +375,7 @@ class SFRLoss(TensorState):
 
     def pairs_of(self, features: Mapping[str, Tensor]) -> Iterator[Pair]:
         """Yield what the transport of each pair is between, of features as ``model.sfr.take_features`` gives them."""
-        squares = self.config.cost == "sqeuclidean"
-        return matched_pairs(self._maps(features), squares=squares, **self._settings(PAIR_SETTINGS, features))
+        return matched_pairs(self._maps(features), **self._settings(PAIR_SETTINGS, features))
 
     def terms_of(self, features: Mapping[str, Tensor]) -> dict[str, Term]:
         """Return the feature term of every pair, of features as ``model.sfr.take_features`` gives them."""

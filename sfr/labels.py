@@ -186,11 +186,11 @@ class DynamicLabelSmoothing(TensorState):
         check_choice("mode", mode, Smoothing)
         check_num_samples("mode", mode, num_samples)
         check_choice("update", update, Update)
-        label_fields = {"alpha": alpha, "alpha_end": alpha_end, "alpha_steps": alpha_steps, "momentum": momentum}
         check_number("alpha_steps", alpha_steps, 1, whole=True)
         check_alpha(alpha, alpha_end, alpha_steps)
         check_number("momentum", momentum, 1e-6, 1)
-        check_effect("mode", mode, {**label_fields, "update": update})
+        ramp = {"alpha": alpha, "alpha_end": alpha_end, "alpha_steps": alpha_steps}
+        check_effect("mode", mode, {**ramp, "momentum": momentum, "update": update})
         check_number("ignore_index", ignore_index, -(2**63), 2**63 - 1, whole=True)
         self.mode, self.update, self.ignore_index, self.sync = mode, update, plain_number(ignore_index), sync
         self.smooth_soft_targets = not (alpha is None and alpha_end is None)

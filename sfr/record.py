@@ -42,12 +42,12 @@ class Record:
         self.joining = False
         self._watches = 0
 
-    def start(self, model: nn.Module, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any]) -> None:
-        """Tap the stages that the configuration names, and watch a forward of the arguments if there are any."""
+    def start(self, model: nn.Module, example: tuple[tuple[Any, ...], Mapping[str, Any]] | None) -> None:
+        """Tap the stages that the configuration names; if there are arguments for a forward, watch one."""
         if self.config.stages is not None:
             self.tap(find_stages(model, self.config.stages))
-        if args is not None:
-            self._watch_evaluation(model, args, kwargs)
+        if example is not None:
+            self._watch_evaluation(model, *example)
 
     def tap(self, stages: Mapping[str, nn.Module]) -> None:
         """Put a tap on each of these modules."""

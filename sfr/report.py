@@ -174,14 +174,13 @@ def _some_index(num_samples: int | None, logits: Tensor) -> Tensor | None:
 
 
 def _describe(criterion: SFRLoss, features: dict[str, Tensor]) -> tuple[tuple[StageRow, ...], tuple[PairRow, ...]]:
-    model = criterion.model
-    views = {name: criterion.view_of(name, feature) for name, feature in features.items()}
-    stages = tuple(
-        StageRow(name, type(model.get_submodule(name)).__name__, tuple(feature.shape), view.layout, view.prefix)
-        for (name, feature), view in zip(features.items(), views.values(), strict=True)
-    )
-    pairs = tuple(map(_pair_row, criterion.pairs_of(features)))
-    return stages, pairs
+    stages = tuple(_stage_row(criterion, name, feature) for name, feature in features.items())
+    return stages, tuple(map(_pair_row, criterion.pairs_of(features)))
+
+
+def _stage_row(criterion: SFRLoss, name: str, feature: Tensor) -> StageRow:
+    view, module = criterion.view_of(name, feature), criterion.model.get_submodule(name)
+    return StageRow(name, type(module).__name__, tuple(feature.shape), view.layout, view.prefix)
 
 
 def _pair_row(pair: Pair) -> PairRow:

@@ -80,11 +80,11 @@ def feature_terms(
         ['layer1 <- layer2']
     """
     terms = {}
-    squares = cost == "sqeuclidean"
-    for pair in matched_pairs(
-        maps, order=order, pairs=pairs, max_grid=max_grid, grouping=grouping, detach_deep=detach_deep, squares=squares,
+    matched = matched_pairs(
+        maps, order=order, pairs=pairs, max_grid=max_grid, grouping=grouping, detach_deep=detach_deep, cost=cost,
         sync=sync,
-    ):  # fmt: skip
+    )  # fmt: skip
+    for pair in matched:
         values = emd_l2(*pair.nodes, cost=cost, marginals=marginals, solver=solver, reduction="none")
         value = (values.reshape(len(pair.finite), -1).mean(dim=1) * pair.finite).mean()
         distance = value.detach()
@@ -97,25 +97,22 @@ def feature_terms(
 def matched_pairs(
     maps: Mapping[str, Tensor],
     *,
-    order: Sequence[str] | None = None,
-    pairs: Pairs | Sequence[tuple[int | str, int | str]] = "all",
-    max_grid: int = 4,
-    grouping: Grouping = "mean",
-    detach_deep: bool = True,
-    squares: bool = False,
-    sync: bool = True,
+    order: Sequence[str] | None,
+    pairs: Pairs | Sequence[tuple[int | str, int | str]],
+    max_grid: int,
+    grouping: Grouping,
+    detach_deep: bool,
+    cost: Cost,
+    sync: bool,
 ) -> Iterator[Pair]:
-    """Yield what the transport of each pair is between; arguments as of :func:`feature_terms`.
-
-    With `squares` the features have to be small enough that the squares of their differences can be summed.
-    """
+    """Yield what the transport of each pair is between; the arguments are those of :func:`feature_terms`."""
     names = list(maps) if order is None else order
     device = next((maps[name].device for name in reversed(list(maps))), None)  # of a model spread over several
     pooled: dict[tuple[str, Grid], tuple[Tensor, Tensor]] = {}
 
     def nodes_of(name: str, grid: Grid) -> tuple[Tensor, Tensor]:
         if (name, grid) not in pooled:
-            pooled[name, grid] = _finite(to_nodes(maps[name], grid).to(device), squares)
+            pooled[name, grid] = _finite(to_nodes(maps[name], grid).to(device), cost)
         return pooled[name, grid]
 
     for i, j in resolve_pairs(pairs, names):
@@ -128,8 +125,13 @@ def matched_pairs(
         yield Pair(names[i], names[j], matched, shallow_finite & deep_finite)
 
 
-def _finite(nodes: Tensor, squares: bool) -> tuple[Tensor, Tensor]:
-    """Zero the nodes of images that hold a value that is not finite; return them and which images are sound."""
-    values = 4 * nodes.detach().square().sum(dim=2, keepdim=True) if squares else nodes.detach()
+def _finite(nodes: Tensor, cost: Cost) -> tuple[Tensor, Tensor]:
+    """Zero the nodes of images that hold a value that is not finite; return them and which images are sound.
+
+    With "sqeuclidean" the squares of their differences have to be finite, too.
+    """
+    values = nodes.detach()
+    if cost == "sqeuclidean":
+        values = 4 * values.square().sum(dim=2, keepdim=True)
     finite = values.isfinite().all(dim=2).all(dim=1)
     return torch.where(finite[:, None, None], nodes, 0.0), finite

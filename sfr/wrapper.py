@@ -103,7 +103,6 @@ class GivesWay(Generic[Value]):
 
     def __init__(self, get: Callable[[SelfFeatures], Value]) -> None:
         self._get = get
-        self.__doc__ = get.__doc__
 
     def __set_name__(self, _: type, name: str) -> None:
         self._name = name
@@ -191,7 +190,7 @@ class SFRWrapper(nn.Module):
         example = None if example_input is None else forward_arguments(model, (example_input,))
         outer = wrapped_class(plain_class(type(model), SFRWrapper), SFRWrapper)
         try:
-            record.start(model, *(example or (None, {})))
+            record.start(model, example)
         except BaseException:
             record.recorder.detach()
             raise

@@ -29,7 +29,9 @@ class GatedLabels(SelfFeature):
     def __init__(self, task: Task, gate: str = "class", **config: Any) -> None:
         super().__init__(task, **config)
         alpha = self.model.sfr.config.alpha
-        alpha = alpha if isinstance(alpha, float) else DEFAULT_ALPHA["class_mean"]
+        if isinstance(alpha, sfr.Ramp):
+            raise ValueError(f"a gate needs a constant alpha; got {alpha}")
+        alpha = DEFAULT_ALPHA["class_mean"] if alpha is None else alpha
         if gate not in GATES:
             raise ValueError(f"gate must be one of {', '.join(GATES)}; got {gate!r}")
         self.criterion.labels = GATES[gate](alpha, task.num_classes)
