@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from whole_file import replace_file
 
-from sfr.measure import compare_steps, wait_for
+from sfr.preflight.cost import compare_steps, wait_for
 
 BASE = "vanilla"
 # Of torch.compile, where many arms share a process: code compiled for one network does not fit those of other hooks,

@@ -26,7 +26,7 @@ from overhead import environment
 from torch import Tensor
 
 from sfr.config import Solver
-from sfr.nodes import to_nodes
+from sfr.feature.nodes import to_nodes
 from sfr.transport import emd
 
 BATCH = 256

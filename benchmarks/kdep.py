@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader
 
-from sfr.pca import Moments
 from sfr.pretrain import KDEPLoss, PooledFeatures
 from sfr.pretrain.kdep import Aligner, Alignment, alignment_of
+from sfr.pretrain.moments import Moments
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))

@@ -31,7 +31,7 @@ import torchvision
 from torch import Tensor, nn
 
 import sfr
-from sfr.measure import StepCost, compare_steps
+from sfr.preflight.cost import StepCost, compare_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -78,7 +78,7 @@ def measure(
     steps = {
         "plain": make_step(plain, criterion, batches, args),
         "sfr": make_step(wrapped, sfr.SFRLoss(wrapped), batches, args),
-        "unsolved": patch("sfr.losses.solve", independent_coupling)(without_plans),
+        "unsolved": patch("sfr.feature.emd.solve", independent_coupling)(without_plans),
     }
     return compare_steps(steps, device, args.repeats, warmup=2)
 

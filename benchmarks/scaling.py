@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sfr
-from sfr.measure import StepCost, compare_steps
+from sfr.preflight.cost import StepCost, compare_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

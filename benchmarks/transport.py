@@ -33,7 +33,7 @@ from torch import Tensor
 from transport_peers import ENTROPY, Method, Problem, Reference, all_methods, make_problem, own_loss, own_plan
 from transport_report import CASES, Row, draw, goals, publish, report
 
-from sfr.measure import wait_for
+from sfr.preflight.cost import wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = (16, 49, 64, 196, 256)

@@ -34,7 +34,7 @@ import torchvision
 from torch import Tensor, nn
 
 import sfr
-from sfr.outputs import logits_in
+from sfr.model.outputs import logits_in
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -349,7 +349,7 @@ with SFR over one plain step, at a batch of two images on a busy machine: a very
 overhead; `benchmarks/overhead.py` is that.
 
 The feature term here is that of the default before (the squared distance). How the stages are found is told in
-`sfr/discovery.py`. In short: of a model most of whose layers lie in equal blocks
+`sfr/model/discovery.py`. In short: of a model most of whose layers lie in equal blocks
 at one resolution (transformers, mixers) four blocks are taken, evenly spaced in depth; of any other the last output at
 each resolution, of the outermost module; of a model without resolutions the hidden layers. Class, distillation and
 register tokens, which are those beyond the cells of the map that the tokens come from, are dropped.

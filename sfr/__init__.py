@@ -3,9 +3,9 @@
 from sfr import transport
 from sfr.config import Ramp, SFRConfig
 from sfr.criterion import LossParts, SFRLoss
+from sfr.feature.channels import channel_segments
+from sfr.feature.emd import EMDL2Loss, emd_l2
 from sfr.labels import DynamicLabelSmoothing, smooth_labels
-from sfr.losses import EMDL2Loss, emd_l2
-from sfr.nodes import channel_segments
 from sfr.wrapper import SFRWrapper, unwrap
 
 __version__ = "0.1.0"

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias
 
 Pairs: TypeAlias = Literal["all", "last", "adjacent"]
-Grouping: TypeAlias = Literal["segments", "mean", "crop", "svd"]
+Grouping: TypeAlias = Literal["segments", "mean", "crop"]
 Layout: TypeAlias = Literal["auto", "channels_first", "channels_last", "tokens", "sequence_first", "vector"]
 Cost: TypeAlias = Literal["cosine", "sqeuclidean", "correlation"]
 Marginals: TypeAlias = Literal["uniform", "cross"]
@@ -164,8 +164,8 @@ class SFRConfig:
         detach_deep: stop the gradient at the deep side, so that it supervises and is not dragged along.
         max_grid: the maps are average-pooled to at most ``max_grid`` cells along each spatial axis, >= 1.
         grouping: how many deep channels supervise few shallow ones: "segments" (one plan per segment), "mean" (one
-            plan, on the mean of the segments), "crop" (the first channels only, as Tf-FD), "svd" (the principal
-            directions of the batch's deep nodes, after KDEP). Our reading.
+            plan, on the mean of the segments), "crop" (the first channels only, as Tf-FD). Our
+            reading.
         cost: ground cost between two local features: "cosine" (1 - cos; the scale of the features has no effect),
             "correlation" (1 - Pearson's r over the channels; nor has an offset), or "sqeuclidean" (mean over channels;
             it grows with the square of the activations, outweighs the labels of pretrained networks, and makes

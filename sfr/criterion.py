@@ -13,16 +13,15 @@ from torch import Tensor, nn
 
 from sfr.compiling import eager
 from sfr.config import IGNORE_INDEX, SFRConfig, near_names
-from sfr.discovery import assumed_view
-from sfr.labels import DynamicLabelSmoothing, checked_target, cross_entropy
-from sfr.nodes import View, as_map
-from sfr.outputs import part_with_graph, the_logits
-from sfr.record import Record, known_record, record_of
-from sfr.stages import check_batches
+from sfr.feature.term import Pair, Term, feature_terms, matched_pairs
+from sfr.labels.smoothing import DynamicLabelSmoothing, checked_target, cross_entropy
+from sfr.model.discovery import assumed_view
+from sfr.model.formats import View, as_map
+from sfr.model.outputs import part_with_graph, the_logits
+from sfr.model.record import Record, known_record, record_of, wrapped_in
+from sfr.model.stages import check_batches
 from sfr.state import TensorState
-from sfr.term import Pair, Term, feature_terms, matched_pairs
 from sfr.warn import warn_user
-from sfr.wrapper import SFRWrapper, wrapped_in
 
 # Fields of the configuration that the feature term takes.
 PAIR_SETTINGS = ("pairs", "max_grid", "grouping", "detach_deep", "cost")
@@ -53,7 +52,7 @@ INSTEAD = {
 CLASS_WEIGHTS = "class weights are those of a loss of your own: label_loss=nn.CrossEntropyLoss(weight=...)"
 JOINED = (
     "with model.join(), a rank that has run out of batches takes no part in what the criterion exchanges between the "
-    "ranks (label statistics, past predictions, grouping='svd'), and the others would wait for it or fail. Give all "
+    "ranks (label statistics, past predictions), and the others would wait for it or fail. Give all "
     "ranks the same number of batches (DistributedSampler, Accelerate's loaders), or set smoothing='uniform' or 'none' "
     "where the model is wrapped"
 )
@@ -159,6 +158,7 @@ class SFRLoss(TensorState):
         ValueError: if `model` holds several wrapped models, or the configuration's ``smoothing`` would have no effect.
 
     Example:
+        >>> from sfr import SFRWrapper
         >>> model = SFRWrapper(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 10, 3, 2), nn.AdaptiveAvgPool2d(1),
         ...                                  nn.Flatten()))
         >>> criterion = SFRLoss(model)
@@ -168,7 +168,7 @@ class SFRLoss(TensorState):
     """
 
     state_names = required_names = ("step",)
-    _model: SFRWrapper
+    _model: nn.Module
     _nonfinite: Tensor | None
     config: SFRConfig
 
@@ -220,7 +220,7 @@ class SFRLoss(TensorState):
         self._label_step = 0
 
     @property
-    def model(self) -> SFRWrapper:
+    def model(self) -> nn.Module:
         """The wrapped model whose features the criterion uses."""
         return self._model
 
@@ -334,7 +334,7 @@ class SFRLoss(TensorState):
         """Whether a training step exchanges something between the ranks."""
         if not (dist.is_available() and dist.is_initialized()):
             return False
-        return self.config.grouping == "svd" or (self.label_loss is None and self.labels.exchanges)
+        return self.label_loss is None and self.labels.exchanges
 
     def _plain(self, output: Any, target: Any) -> Tensor:
         """Return the loss without the method: cross-entropy, or what was given for it."""
@@ -388,7 +388,7 @@ class SFRLoss(TensorState):
         """Return the settings of the feature term, and the names of all stages, also of those a forward skipped."""
         order = known_record(self._model).recorder.order
         order = order if features.keys() <= set(order) else list(features)
-        return {name: getattr(self.config, name) for name in names} | {"order": order, "sync": self.labels.sync}
+        return {name: getattr(self.config, name) for name in names} | {"order": order}
 
     def _checked_terms(self, features: dict[str, Tensor], logits: Tensor) -> dict[str, Term]:
         """Return :meth:`terms_of`, once all stages are known to be of the batch of the logits."""

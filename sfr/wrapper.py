@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, overload
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Generic, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from sfr.config import SFRConfig, no_such_field
-from sfr.nodes import View
-from sfr.record import RECORD, Record, known_record, record_of
-from sfr.wrapped_class import plain_class, swap_class, wrapped_class
-
-if TYPE_CHECKING:
-    from sfr.report import Report
+from sfr.model.arguments import forward_arguments
+from sfr.model.formats import View
+from sfr.model.record import RECORD, Record, known_record, record_of
+from sfr.model.wrapped_class import plain_class, swap_class, wrapped_class
+from sfr.preflight.report import Report
+from sfr.preflight.report import report as preflight
 
 Value = TypeVar("Value")
 
@@ -61,15 +60,9 @@ class SelfFeatures:
         """Return a tapped submodule by its name."""
         return self._model.get_submodule(name)
 
-    @contextmanager
-    def disable(self) -> Iterator[None]:
+    def disable(self) -> AbstractContextManager[None]:
         """Switch self-feature regularization off: inside, the model is plain and the criterion is cross-entropy."""
-        record = self._record
-        before, record.disabled = record.disabled, True
-        try:
-            yield
-        finally:
-            record.disabled = before
+        return self._record.disable()
 
     @property
     def disabled(self) -> bool:
@@ -88,10 +81,8 @@ class SelfFeatures:
         return self._record.take_features(logits)
 
     def report(self, *args: Any, **kwargs: Any) -> Report:
-        """Show what SFR does to this model and measure what it costs; see :func:`sfr.report.report`."""
-        from sfr.report import report
-
-        return report(self._model, *args, **kwargs)
+        """Show what SFR does to this model and measure what it costs; see :func:`sfr.preflight.report.report`."""
+        return preflight(self._model, *args, **kwargs)
 
     def unwrap(self) -> nn.Module:
         """Undo the wrapping and return the model."""
@@ -219,23 +210,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def wrapped_in(model: object) -> SFRWrapper:
-    """Return the wrapped model that `model` is, or that DDP, FSDP, torch.compile, PEFT or any module hold.
-
-    Raises:
-        TypeError: if there is none.
-        ValueError: if there are several, naming them.
-    """
-    parts = model.named_modules() if isinstance(model, nn.Module) else ()
-    found = {name: module for name, module in parts if record_of(module) is not None}
-    if not found:
-        raise TypeError(f"SFRLoss needs an SFRWrapper: model = sfr.SFRWrapper(model); got {type(model).__name__}")
-    if len(found) > 1:
-        names = ", ".join(repr(name) for name in found)
-        raise ValueError(f"{type(model).__name__} holds several wrapped models, {names}: pass one of them")
-    return next(iter(found.values()))
-
-
 def _configuration(config: object, overrides: dict[str, Any]) -> SFRConfig:
     """Return a configuration with some fields replaced."""
     if isinstance(config, Mapping):
@@ -251,32 +225,3 @@ def _configuration(config: object, overrides: dict[str, Any]) -> SFRConfig:
     if message:
         raise TypeError(f"SFRWrapper has no argument {message}")
     return dataclasses.replace(config, **overrides)
-
-
-def forward_arguments(model: nn.Module, example_input: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Turn an example input into the positional and keyword arguments of a forward.
-
-    Args:
-        model: the model.
-        example_input: the arguments one by one, or one tuple, list or dict of them.
-
-    Raises:
-        TypeError: if the model's forward does not take them.
-    """
-    only = example_input[0] if len(example_input) == 1 else example_input
-    kwargs = dict(only) if isinstance(only, Mapping) else {}
-    args = () if kwargs else tuple(only) if isinstance(only, (tuple, list)) else (only,)
-    try:
-        signature = inspect.signature(model.forward)
-    except ValueError:
-        return args, kwargs
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        given = ", ".join([type(each).__name__ for each in args] + [f"{name}=..." for name in kwargs])
-        raise TypeError(
-            f"the model is called as forward{signature}, and the example input gives it ({given}): {error}. Give what "
-            "your loop calls the model with, as in model.report(x): of a batch (images, labels), the images alone. If "
-            "the forward takes a list or a dict as one argument, put it into a tuple: model.report((images,))"
-        ) from None
-    return args, kwargs

@@ -805,7 +805,7 @@ def test_logits_with_the_classes_last_are_refused_with_the_way_out() -> None:
 def test_rows_seen_give_the_statistics_of_all_rows(monkeypatch: Any, update: Any, kind: str) -> None:
     runs = {}
     for limit in (0, 128):
-        monkeypatch.setattr("sfr.labels.ALL_ROWS_ON_CPU_UP_TO", limit)
+        monkeypatch.setattr("sfr.labels.smoothing.ALL_ROWS_ON_CPU_UP_TO", limit)
         criterion = DynamicLabelSmoothing(update=update, momentum=0.3, ignore_index=IGNORED)
         for step in range(6):
             logits, target = maps(step) if kind == "segmentation" else batch(3, step)
@@ -820,7 +820,7 @@ def test_rows_seen_give_the_statistics_of_all_rows(monkeypatch: Any, update: Any
 
 def of_one_rank(rank: int, folder: str) -> None:
     """Train on an uneven share of the batches, with the rows seen and then with all rows; note what is exchanged."""
-    import sfr.labels
+    import sfr.labels.smoothing
 
     torch.set_num_threads(1)
     store, patience = f"file://{folder}/store", timedelta(seconds=60)
@@ -833,7 +833,7 @@ def of_one_rank(rank: int, folder: str) -> None:
     dist.all_reduce = noted
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
     for limit in (0, 128):
-        sfr.labels.ALL_ROWS_ON_CPU_UP_TO = limit
+        sfr.labels.smoothing.ALL_ROWS_ON_CPU_UP_TO = limit
         criterion = DynamicLabelSmoothing(momentum=0.3)
         for step in range(4):
             logits, target = batch(8, step)
@@ -1056,7 +1056,7 @@ def test_where_nothing_is_masked_looking_or_not_gives_the_same_loss(monkeypatch:
         logits, target = batch(6, step)
         losses = [looking(logits, target, torch.arange(6))]
         with monkeypatch.context() as patch:
-            patch.setattr("sfr.labels._may_hold_infinity", lambda _: True)
+            patch.setattr("sfr.labels.smoothing._may_hold_infinity", lambda _: True)
             losses.append(allowing(logits, target, torch.arange(6)))
         if mode == "uniform":
             torch.testing.assert_close(*losses)

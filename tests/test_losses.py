@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 from torch import Tensor
 
-from sfr.losses import EMDL2Loss, emd_l2
+from sfr.feature.emd import EMDL2Loss, emd_l2
 
 PROFILE = settings(max_examples=30, deadline=None, database=None, derandomize=True)
 SCALE_FREE = ["cosine", "correlation"]

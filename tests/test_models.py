@@ -22,7 +22,7 @@ from torch import nn
 from torchvision import models
 
 import sfr
-from sfr.nodes import View
+from sfr.model.formats import View
 
 IMAGE = (3, 32, 32)
 

@@ -8,19 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sfr.nodes import (
-    Grid,
-    View,
-    as_map,
-    cells,
-    channel_segments,
-    common_grids,
-    match_channels,
-    principal_channels,
-    spatial_shape,
-    to_nodes,
-    token_grid,
-)
+from sfr.feature.channels import channel_segments, match_channels
+from sfr.feature.nodes import common_grids, to_nodes
+from sfr.model.formats import Grid, View, as_map, cells, spatial_shape, token_grid
 
 PROFILE = settings(max_examples=40, deadline=None, database=None, derandomize=True)
 
@@ -341,7 +331,7 @@ def test_mean_grouping_gives_the_mean_of_the_segments() -> None:
     torch.testing.assert_close(teachers, (deep[:, :, 0:2] + deep[:, :, 2:4] + deep[:, :, 4:6]) / 3)
 
 
-@pytest.mark.parametrize("grouping", ["segments", "mean", "svd"])
+@pytest.mark.parametrize("grouping", ["segments", "mean"])
 def test_wider_shallow_nodes_are_averaged_over_their_segments(grouping: Any) -> None:
     shallow, deep = features(2, 3, 6, seed=1), features(2, 5, 2, seed=2)
     students, teachers = match_channels(shallow, deep, grouping)
@@ -359,68 +349,14 @@ def test_crop_keeps_the_first_channels_both_sides_have(shallow_width: int, deep_
 
 
 @PROFILE
-@given(st.integers(1, 12), st.integers(1, 12), st.sampled_from(["segments", "mean", "crop", "svd"]))
+@given(st.integers(1, 12), st.integers(1, 12), st.sampled_from(["segments", "mean", "crop"]))
 def test_matched_sides_have_equal_problems_and_channels(shallow: int, deep: int, grouping: Any) -> None:
     students, teachers = match_channels(torch.zeros(2, 3, shallow), torch.zeros(2, 5, deep), grouping)
     assert students.shape[::2] == teachers.shape[::2]
     assert students.shape[2] == min(shallow, deep)
 
 
-@pytest.mark.parametrize("grouping", ["segments", "mean", "crop", "svd"])
+@pytest.mark.parametrize("grouping", ["segments", "mean", "crop"])
 def test_matching_keeps_float64(grouping: Any) -> None:
     students, teachers = match_channels(torch.zeros(2, 3, 2).double(), torch.zeros(2, 5, 7).double(), grouping)
     assert students.dtype == teachers.dtype == torch.float64
-
-
-def deviations(nodes: Tensor) -> Tensor:
-    flat = nodes.flatten(0, 1)
-    return flat - flat.mean(dim=0)
-
-
-def test_principal_channels_keep_the_distances_between_nodes_where_the_rank_allows() -> None:
-    nodes = features(4, 6, 3) @ features(3, 12, seed=1) + 5  # rank 3, far from zero
-    projected = principal_channels(nodes, 3)
-    torch.testing.assert_close(
-        torch.pdist(projected.flatten(0, 1)), torch.pdist(nodes.flatten(0, 1)), rtol=1e-4, atol=1e-4
-    )
-
-
-@pytest.mark.parametrize("channels", [1, 4, 5, 11])
-def test_principal_channels_keep_as_much_spread_as_the_largest_singular_values_hold(channels: int) -> None:
-    nodes = features(4, 16, 12) * torch.arange(1, 13) + 3
-    kept = deviations(principal_channels(nodes, channels)).square().sum()
-    best = torch.linalg.svdvals(deviations(nodes))[:channels].square().sum()
-    torch.testing.assert_close(kept, best)
-
-
-def test_principal_channels_are_an_orthonormal_projection_with_the_mean_left_in() -> None:
-    nodes = features(4, 16, 12) + 3
-    projection = torch.linalg.lstsq(nodes.flatten(0, 1), principal_channels(nodes, 4).flatten(0, 1)).solution
-    torch.testing.assert_close(projection.T @ projection, torch.eye(4), rtol=1e-4, atol=1e-4)
-
-
-def test_principal_channels_do_not_jump_between_batches_of_like_nodes() -> None:
-    """Axes of equal variance come in any sign and order: only their span is sure, and the frame in it is fixed."""
-    nodes = features(8, 64, 12) * torch.tensor([3.0] * 4 + [0.1] * 8)
-    half, other = (principal_channels(part, 4) for part in (nodes + 0.01 * features(8, 64, 12, seed=k) for k in (1, 2)))
-    assert (half - other).norm() < 0.05 * half.norm()
-
-
-def test_principal_channels_of_as_many_channels_are_the_nodes() -> None:
-    nodes = features(2, 3, 5)
-    torch.testing.assert_close(principal_channels(nodes, 5), nodes)
-
-
-def test_gradient_of_principal_channels_takes_the_directions_as_given() -> None:
-    nodes = features(2, 9, 6).requires_grad_()
-    projected = principal_channels(nodes, 2)
-    projected.sum().backward()
-    projection = torch.linalg.lstsq(nodes.detach().flatten(0, 1), projected.detach().flatten(0, 1)).solution
-    torch.testing.assert_close(nodes.grad, projection.sum(dim=1).expand(2, 9, 6), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("nodes", [torch.zeros(0, 4, 6), torch.zeros(2, 4, 6), torch.full((1, 1, 6), 7.0)])
-def test_principal_channels_of_nothing_zeros_or_one_node_are_finite(nodes: Tensor) -> None:
-    projected = principal_channels(nodes, 3)
-    assert projected.shape == (*nodes.shape[:2], 3)
-    assert projected.isfinite().all()

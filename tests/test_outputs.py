@@ -11,7 +11,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
 
 import sfr
-from sfr.outputs import feature_of, features_in, logits_in, the_logits
+from sfr.model.outputs import feature_of, features_in, logits_in, the_logits
 
 Z, OTHER, SCALAR = torch.randn(8, 10), torch.randn(8, 3), torch.tensor(0.5)
 Named = namedtuple("Named", ["loss", "logits"])

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, StackDataset, TensorDataset
 
 import sfr
 from sfr.labels import DynamicLabelSmoothing
-from sfr.past import PastPredictions
+from sfr.labels.past_predictions import PastPredictions
 
 CLASSES, SAMPLES = 4, 12
 

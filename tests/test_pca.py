@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfr.pca import Moments
+from sfr.pretrain.moments import Moments
 
 
 def vectors(count: int = 200, width: int = 7, seed: int = 0) -> Tensor:

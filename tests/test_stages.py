@@ -7,9 +7,10 @@ from torch import nn
 from torchvision import models
 
 import sfr
-from sfr.discovery import STAGES_IN_DEPTH, assumed_view
-from sfr.nodes import View
-from sfr.stages import infer_layout, resolve_pairs
+from sfr.feature.pairs import resolve_pairs
+from sfr.model.discovery import STAGES_IN_DEPTH, assumed_view
+from sfr.model.formats import View
+from sfr.model.stages import infer_layout
 
 TORCHVISION_STAGES = {
     "resnet18": ("relu", "layer1", "layer2", "layer3", "layer4"),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import sfr
 from baselines.arm import Arm, Task, divergence
-from sfr.discovery import StageFinder
+from sfr.model.discovery import StageFinder
 
 
 class BeYourOwnTeacher(Arm):

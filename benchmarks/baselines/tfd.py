@@ -11,7 +11,8 @@ from torch import Tensor
 import sfr
 from baselines.arm import Arm, Task
 from sfr.config import Grouping
-from sfr.nodes import common_grids, match_channels, to_nodes
+from sfr.feature.channels import match_channels
+from sfr.feature.nodes import common_grids, to_nodes
 
 WARMUP = 20 / 240  # of the run
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfr.config import check_choice, check_number
-from sfr.pca import Moments
+from sfr.pretrain.moments import Moments
 from sfr.pretrain.pooled import PooledFeatures
 
 Aligner: TypeAlias = Literal["svd_pts", "svd", "channel_variance", "random", "interpolate", "conv1x1"]

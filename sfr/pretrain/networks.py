@@ -8,7 +8,7 @@ import difflib
 from torch import Tensor, nn
 
 from sfr.config import check_choice
-from sfr.outputs import feature_of
+from sfr.model.outputs import feature_of
 from sfr.pretrain.dogo import Objective
 
 

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sfr.nodes import View, as_map, to_nodes
-from sfr.outputs import feature_of
-from sfr.stages import infer_layout
+from sfr.feature.nodes import to_nodes
+from sfr.model.formats import View, as_map
+from sfr.model.outputs import feature_of
+from sfr.model.stages import infer_layout
 
 ACTIVATIONS = {
     *(F.relu, F.relu6, F.hardtanh, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardswish, F.prelu),

@@ -8,7 +8,7 @@ import torch
 from cell import Cell, CellRun, Schedule
 from groups import Group
 
-from sfr.measure import StepCost
+from sfr.preflight.cost import StepCost
 
 SCHEDULE = Schedule(epochs=10, batch_size=8, image_size=16, per_class=4)  # 400 images: 50 steps an epoch
 

@@ -16,7 +16,7 @@ def regularized(monkeypatch) -> Callable[[sfr.SFRLoss], None]:
     A step that is not checked counts for none: the check is of the last call of the criterion.
     """
     reached: set[str] = set()
-    matched_pairs = sfr.term.matched_pairs
+    matched_pairs = sfr.feature.term.matched_pairs
 
     def watched(maps, **settings):
         reached.clear()
@@ -27,7 +27,7 @@ def regularized(monkeypatch) -> Callable[[sfr.SFRLoss], None]:
                 shallow.register_hook(note)
             yield pair
 
-    monkeypatch.setattr(sfr.term, "matched_pairs", watched)
+    monkeypatch.setattr(sfr.feature.term, "matched_pairs", watched)
 
     def check(criterion: sfr.SFRLoss) -> None:
         last = criterion.last

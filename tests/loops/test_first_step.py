@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
 import sfr
-from sfr.measure import peak_memory
+from sfr.preflight.cost import peak_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore:all the supervised stages are frozen")
 

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sfr.nodes import principal_channels
 from sfr.pretrain import KDEPLoss, PooledFeatures, fit_alignment
 
 
@@ -49,7 +48,6 @@ def main(file: str) -> None:
         "alignment": alignment.state_dict(),
         "loss": mean / ranks,
         "gradient": student.model[0].weight.grad,
-        "grouping": principal_channels(torch.randn(8, 4, 12)[share], 5),
     }
     torch.save(result, f"{file}.{rank}")
     if distributed:

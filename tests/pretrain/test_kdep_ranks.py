@@ -1,4 +1,4 @@
-"""Two ranks on halves of the batches equal one rank on the whole: alignment, loss, gradients, grouping."""
+"""Two ranks on halves of the batches equal one rank on the whole: alignment, loss, gradients."""
 
 import os
 import subprocess
@@ -31,8 +31,3 @@ def test_two_ranks_equal_one(results, what):
     assert (first["ranks"], second["ranks"]) == (2, 2)
     torch.testing.assert_close(first[what], one[what], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(second[what], first[what], rtol=0, atol=0)
-
-
-def test_svd_grouping_takes_the_nodes_of_all_ranks_for_its_batch(results):
-    (one,), halves = results
-    torch.testing.assert_close(torch.cat([half["grouping"] for half in halves]), one["grouping"], rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
-from sfr.sightings import (
+from sfr.model.sightings import (
     Sighting,
     ancestors,
     even_places,
@@ -33,9 +33,10 @@ KEEPING_THE_SHAPE = (_NormBase, nn.LayerNorm, nn.GroupNorm, _DropoutNd)
 class Candidates:
     """Keeps alive the outputs that may become stages, about as many as there will be.
 
-    It foresees what :class:`sfr.discovery.StageFinder` will choose: the last output at each resolution so far, and the
-    blocks, or else layers, that lie at even spaces in depth if the forward calls all there are in the model. If it
-    foresees wrongly, a stage lacks its feature in the watched forward, unless the autograd graph keeps it anyway.
+    It foresees what :class:`sfr.model.discovery.StageFinder` will choose: the last output at each resolution so
+    far, and the blocks, or else layers, that lie at even spaces in depth if the forward calls all there are in the
+    model. If it foresees wrongly, a stage lacks its feature in the watched forward, unless the autograd graph keeps it
+    anyway.
 
     Args:
         model: the plain model.

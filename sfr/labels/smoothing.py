@@ -23,7 +23,7 @@ from sfr.config import (
     check_number,
     plain_number,
 )
-from sfr.past import PastPredictions
+from sfr.labels.past_predictions import PastPredictions
 from sfr.state import TensorState
 
 # Above so many classes a step exchanges and updates only the rows of S whose class was seen. The host of an accelerator
@@ -149,7 +149,7 @@ class DynamicLabelSmoothing(TensorState):
         ignore_index: class index that marks a label to be left out, as in ``F.cross_entropy``; where all are, the loss
             is NaN, as there.
         num_samples: samples of the training set, >= 1; for "past" and for nothing else. See
-            :class:`sfr.past.PastPredictions` for the memory they take.
+            :class:`sfr.labels.past_predictions.PastPredictions` for the memory they take.
         sync: sum the statistics over the ranks of ``torch.distributed``: K x (K + 1) numbers a step; of more than 2048
             classes (128 on the CPU) K numbers, and K + 1 for each class seen in the step. With "past" the ranks
             exchange the predictions of the step.

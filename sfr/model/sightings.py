@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import TensorWeakRef
 
-from sfr.nodes import View
+from sfr.model.formats import View
 
 # Stages of a model whose features are ordered by depth alone: more would make pairs of near copies.
 STAGES_IN_DEPTH = 4

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from sfr.config import Layout, SFRConfig
-from sfr.nodes import Grid, View, cells, spatial_shape, token_grid
-from sfr.sightings import Sighting, is_container
-from sfr.stages import infer_layout, swapped_axes
+from sfr.model.formats import Grid, View, cells, spatial_shape, token_grid
+from sfr.model.sightings import Sighting, is_container
+from sfr.model.stages import infer_layout, swapped_axes
 
 # A sequence that is longer than the map by more than this does not come from the map.
 MOST_PREFIX_TOKENS = 16

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,11 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sfr.compiling import eager
 from sfr.config import SFRConfig
-from sfr.discovery import StageFinder
-from sfr.nodes import View
-from sfr.sightings import ancestors
-from sfr.stages import find_stages
-from sfr.taps import NEVER_FIRED_UNTIL_WARNING, WHY_SILENT, Recorder, Tap
+from sfr.model.discovery import StageFinder
+from sfr.model.formats import View
+from sfr.model.recorder import NEVER_FIRED_UNTIL_WARNING, WHY_SILENT, Recorder, Tap
+from sfr.model.sightings import ancestors
+from sfr.model.stages import find_stages
 
 # The one attribute that a wrapped model has and the plain one has not; it holds the record.
 RECORD = "_sfr"
@@ -48,6 +49,15 @@ class Record:
             self.tap(find_stages(model, self.config.stages))
         if example is not None:
             self._watch_evaluation(model, *example)
+
+    @contextmanager
+    def disable(self) -> Iterator[None]:
+        """Record nothing inside, and let the criterion be the plain one."""
+        before, self.disabled = self.disabled, True
+        try:
+            yield
+        finally:
+            self.disabled = before
 
     def tap(self, stages: Mapping[str, nn.Module]) -> None:
         """Put a tap on each of these modules."""
@@ -222,6 +232,23 @@ def known_record(model: nn.Module) -> Record:
     if record is None:
         raise RuntimeError(f"the model, {type(model).__name__}, is not wrapped (any more): sfr.SFRWrapper(model)")
     return record
+
+
+def wrapped_in(model: object) -> nn.Module:
+    """Return the wrapped model that `model` is, or that DDP, FSDP, torch.compile, PEFT or any module hold.
+
+    Raises:
+        TypeError: if there is none.
+        ValueError: if there are several, naming them.
+    """
+    parts = model.named_modules() if isinstance(model, nn.Module) else ()
+    found = {name: module for name, module in parts if record_of(module) is not None}
+    if not found:
+        raise TypeError(f"SFRLoss needs an SFRWrapper: model = sfr.SFRWrapper(model); got {type(model).__name__}")
+    if len(found) > 1:
+        names = ", ".join(repr(name) for name in found)
+        raise ValueError(f"{type(model).__name__} holds several wrapped models, {names}: pass one of them")
+    return next(iter(found.values()))
 
 
 def _is_compiled(module: nn.Module) -> bool:

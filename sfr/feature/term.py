@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from sfr.config import Cost, Grouping, Marginals, Pairs, Solver
-from sfr.losses import emd_l2, relative_distance
-from sfr.nodes import Grid, common_grids, match_channels, to_nodes
-from sfr.stages import resolve_pairs
+from sfr.feature.channels import match_channels
+from sfr.feature.emd import emd_l2, relative_distance
+from sfr.feature.nodes import Grid, common_grids, to_nodes
+from sfr.feature.pairs import resolve_pairs
 
 
 class Pair(NamedTuple):
@@ -19,7 +20,8 @@ class Pair(NamedTuple):
 
     Args:
         shallow, deep: names of the stages.
-        nodes: of the two, (B * G, N, C) and (B * G, M, C), G problems an image (:func:`sfr.nodes.match_channels`).
+        nodes: of the two, (B * G, N, C) and (B * G, M, C), G problems an image
+            (:func:`sfr.feature.channels.match_channels`).
         finite: which images have finite features on both sides, (B,); the nodes of others are zero.
     """
 
@@ -60,7 +62,6 @@ def feature_terms(
     cost: Cost = "cosine",
     marginals: Marginals = "uniform",
     solver: Solver = "auto",
-    sync: bool = True,
 ) -> dict[str, Term]:
     r"""Return the feature term of every pair of stages, by "shallow <- deep".
 
@@ -72,7 +73,6 @@ def feature_terms(
             first.
         order: names of all stages, if `maps` may lack some, whose pairs are left out. Default: those of `maps`.
         pairs, max_grid, grouping, detach_deep, cost, marginals, solver: see :class:`sfr.SFRConfig`.
-        sync: see :func:`sfr.nodes.match_channels`.
 
     Example:
         >>> maps = {"layer1": torch.randn(2, 8, 16, 16), "layer2": torch.randn(2, 16, 8, 8)}
@@ -82,7 +82,6 @@ def feature_terms(
     terms = {}
     matched = matched_pairs(
         maps, order=order, pairs=pairs, max_grid=max_grid, grouping=grouping, detach_deep=detach_deep, cost=cost,
-        sync=sync,
     )  # fmt: skip
     for pair in matched:
         values = emd_l2(*pair.nodes, cost=cost, marginals=marginals, solver=solver, reduction="none")
@@ -103,7 +102,6 @@ def matched_pairs(
     grouping: Grouping,
     detach_deep: bool,
     cost: Cost,
-    sync: bool,
 ) -> Iterator[Pair]:
     """Yield what the transport of each pair is between; the arguments are those of :func:`feature_terms`."""
     names = list(maps) if order is None else order
@@ -121,7 +119,7 @@ def matched_pairs(
         grids = common_grids(tuple(maps[names[i]].shape[2:]), tuple(maps[names[j]].shape[2:]), max_grid)
         shallow, shallow_finite = nodes_of(names[i], grids[0])
         deep, deep_finite = nodes_of(names[j], grids[1])
-        matched = match_channels(shallow, deep.detach() if detach_deep else deep, grouping, sync=sync)
+        matched = match_channels(shallow, deep.detach() if detach_deep else deep, grouping)
         yield Pair(names[i], names[j], matched, shallow_finite & deep_finite)
 
 

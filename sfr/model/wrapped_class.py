@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
-from sfr.record import RECORD, record_of
+from sfr.model.record import RECORD, record_of
 
 PLAIN = "_sfr_plain"  # the class attribute that names the class of before
 

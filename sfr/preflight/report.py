@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sfr.criterion import LARGE_SHARE, LossParts, SFRLoss
-from sfr.measure import StepCost, compare_steps
-from sfr.outputs import logits_in
-from sfr.record import known_record
-from sfr.term import Pair
+from sfr.feature.term import Pair
+from sfr.model.arguments import forward_arguments
+from sfr.model.outputs import logits_in
+from sfr.model.record import known_record
+from sfr.preflight.cost import StepCost, compare_steps
 from sfr.transport import default_solver
-from sfr.wrapper import SelfFeatures, forward_arguments
 
 NO_CLASSES = (
     "the terms of the loss are not shown, because the output is no classes (fewer than two axes, or one column: a "
@@ -128,7 +128,7 @@ def report(model: nn.Module, *example_input: Any, repeats: int = 5) -> Report:
     Raises:
         TypeError: if the model's forward does not take such arguments, or it returns no floating-point tensor.
     """
-    record, disabled = known_record(model), SelfFeatures(model).disable
+    record = known_record(model)
     args, kwargs = forward_arguments(model, example_input)
 
     def forward() -> Tensor:
@@ -155,7 +155,7 @@ def report(model: nn.Module, *example_input: Any, repeats: int = 5) -> Report:
             criterion(forward(), target, index=index).backward()
 
         def plain_step() -> None:
-            with disabled():
+            with record.disable():
                 step()
 
         costs = compare_steps({"plain": plain_step, "sfr": step}, logits.device, repeats)

@@ -13,14 +13,14 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import TensorWeakRef
 
-from sfr.candidates import LEVEL_RATIO, Candidates
 from sfr.config import SFRConfig
-from sfr.nodes import View
-from sfr.outputs import features_in, logits_in
-from sfr.reading import Reader, assumed_view
-from sfr.sightings import STAGES_IN_DEPTH, Sighting, ancestors, even_places, held, is_container, outermost
-from sfr.stages import HOW_TO_NAME
-from sfr.taps import graph_behind
+from sfr.model.candidates import LEVEL_RATIO, Candidates
+from sfr.model.formats import View
+from sfr.model.outputs import features_in, logits_in
+from sfr.model.reading import Reader, assumed_view
+from sfr.model.recorder import graph_behind
+from sfr.model.sightings import STAGES_IN_DEPTH, Sighting, ancestors, even_places, held, is_container, outermost
+from sfr.model.stages import HOW_TO_NAME
 
 __all__ = ["STAGES_IN_DEPTH", "Sighting", "StageFinder", "assumed_view", "evenly"]
 
@@ -39,8 +39,8 @@ class StageFinder:
     "Last" prefers the outermost modules, so that a block is taken and not a layer inside the next block (a strided
     block often begins at the old resolution), and a bare normalisation, pooling or dropout comes after all else.
 
-    It holds on to the outputs that may still become stages, see :class:`sfr.candidates.Candidates`, and of all others
-    to no more than their shapes and places in the autograd graph.
+    It holds on to the outputs that may still become stages, see :class:`sfr.model.candidates.Candidates`, and
+    of all others to no more than their shapes and places in the autograd graph.
 
     Args:
         model: the plain model.
@@ -298,7 +298,7 @@ class StageFinder:
 
 
 def evenly(stages: list[Sighting]) -> list[Sighting]:
-    """Return at most :data:`~sfr.sightings.STAGES_IN_DEPTH` of the stages, evenly spaced, with the last one."""
+    """Return at most :data:`~sfr.model.sightings.STAGES_IN_DEPTH` of the stages, evenly spaced, with the last one."""
     return [stages[place] for place in even_places(len(stages))] if stages else []
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sfr.outputs import feature_of
+from sfr.model.outputs import feature_of
 from sfr.warn import warn_user
 
 # Training forwards in a row whose features nobody used, before a warning says so.

@@ -1,0 +1,53 @@
+"""Maps -> nodes: the local feature vectors (B, N, C) of one map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Grid = tuple[int, ...]
+
+
+def common_grids(shallow: Grid, deep: Grid, max_grid: int) -> tuple[Grid, Grid]:
+    """Return the grids to pool a pair of maps to: at most `max_grid` cells an axis, and no map is ever enlarged.
+
+    A token sequence counts as one axis of at most ``max_grid**2`` cells. Where the two maps have the same number of
+    axes, the shallow one takes the grid of the deep one as far as it is large enough.
+
+    Example:
+        >>> common_grids((32, 32), (4, 4), max_grid=8)
+        ((4, 4), (4, 4))
+    """
+    deep_grid = _limited(deep, max_grid)
+    if len(shallow) == len(deep):
+        return tuple(map(min, shallow, deep_grid)), deep_grid
+    return _limited(shallow, max_grid), deep_grid
+
+
+def _limited(shape: Grid, max_grid: int) -> Grid:
+    limit = max_grid**2 if len(shape) == 1 else max_grid
+    return tuple(min(size, limit) for size in shape)
+
+
+def to_nodes(feature_map: Tensor, grid: Grid) -> Tensor:
+    """Average-pool a feature map to `grid` and return its cells as nodes.
+
+    Args:
+        feature_map: shape (B, C, *spatial), or (B, C) of a vector, which is one node; see :func:`as_map`.
+        grid: cells along each spatial axis, none larger than the map's own.
+
+    Returns:
+        Nodes of shape (B, N, C) with N the number of cells, in float32 (float64 stays).
+    """
+    if tuple(feature_map.shape[2:]) != grid:
+        feature_map = _pool(feature_map, grid)
+    nodes = feature_map.flatten(2).transpose(1, 2) if grid else feature_map.unsqueeze(1)
+    return nodes if nodes.dtype == torch.float64 else nodes.float()
+
+
+def _pool(feature: Tensor, grid: Grid) -> Tensor:
+    pools: tuple[Callable[..., Tensor], ...] = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+    return pools[len(grid) - 1](feature, grid)

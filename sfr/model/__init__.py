@@ -1,0 +1,1 @@
+"""What is read from a network: a module in, the maps of its stages out. Nothing here knows a loss."""

@@ -1,0 +1,38 @@
+"""An example input -> the arguments of one forward."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+
+def forward_arguments(model: nn.Module, example_input: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Turn an example input into the positional and keyword arguments of a forward.
+
+    Args:
+        model: the model.
+        example_input: the arguments one by one, or one tuple, list or dict of them.
+
+    Raises:
+        TypeError: if the model's forward does not take them.
+    """
+    only = example_input[0] if len(example_input) == 1 else example_input
+    kwargs = dict(only) if isinstance(only, Mapping) else {}
+    args = () if kwargs else tuple(only) if isinstance(only, (tuple, list)) else (only,)
+    try:
+        signature = inspect.signature(model.forward)
+    except ValueError:
+        return args, kwargs
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        given = ", ".join([type(each).__name__ for each in args] + [f"{name}=..." for name in kwargs])
+        raise TypeError(
+            f"the model is called as forward{signature}, and the example input gives it ({given}): {error}. Give what "
+            "your loop calls the model with, as in model.report(x): of a batch (images, labels), the images alone. If "
+            "the forward takes a list or a dict as one argument, put it into a tuple: model.report((images,))"
+        ) from None
+    return args, kwargs
