@@ -2,10 +2,11 @@
 
 from sfr import transport
 from sfr.config import Ramp, SFRConfig
-from sfr.criterion import LossParts, SFRLoss
+from sfr.criterion import SFRLoss
 from sfr.feature.channels import channel_segments
 from sfr.feature.emd import EMDL2Loss, emd_l2
 from sfr.labels import DynamicLabelSmoothing, smooth_labels
+from sfr.parts import LossParts
 from sfr.wrapper import SFRWrapper, unwrap
 
 __version__ = "0.1.0"

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Generic, NoReturn, TypeVar, overload
+from typing import Any, Generic, Literal, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
-from sfr.config import SFRConfig, no_such_field
+from sfr.arguments import check_wrapper_arguments
+from sfr.config import Layout, SFRConfig
+from sfr.criterion import SFRLoss
 from sfr.model.arguments import forward_arguments
 from sfr.model.formats import View
 from sfr.model.record import RECORD, Record, known_record, record_of
+from sfr.model.settings import StageSettings
 from sfr.model.wrapped_class import plain_class, swap_class, wrapped_class
+from sfr.old_names import OLD_NAMES
 from sfr.preflight.report import Report
-from sfr.preflight.report import report as preflight
+from sfr.warn import deprecated
 
 Value = TypeVar("Value")
 
@@ -43,7 +46,7 @@ class SelfFeatures:
 
     @property
     def config(self) -> SFRConfig:
-        """The configuration of the wrapper and of the criterion made from it."""
+        """The switches of a criterion that is made without any."""
         return self._record.config
 
     @property
@@ -81,8 +84,8 @@ class SelfFeatures:
         return self._record.take_features(logits)
 
     def report(self, *args: Any, **kwargs: Any) -> Report:
-        """Show what SFR does to this model and measure what it costs; see :func:`sfr.preflight.report.report`."""
-        return preflight(self._model, *args, **kwargs)
+        """Report on a criterion made without any switch; see :meth:`sfr.SFRLoss.report`."""
+        return SFRLoss(self._model).report(*args, **kwargs)
 
     def unwrap(self) -> nn.Module:
         """Undo the wrapping and return the model."""
@@ -130,16 +133,20 @@ class SFRWrapper(nn.Module):
     Args:
         model: any ``nn.Module``; wrap it before DDP, FSDP or ``accelerator.prepare``, before or after
             ``torch.compile``.
-        config: the switches, or a mapping of some of them; default ``SFRConfig()``.
+        stages: names of the submodules to tap (a sequence), a regular expression that their full names match (a
+            string), or None to discover them: the last output at each spatial resolution.
+        layout: memory layout of the stage outputs: "channels_first" (B, C, ...), "channels_last" (B, ..., C), "tokens"
+            (B, N, C), "sequence_first" (N, B, C) or "vector" (B, C); "auto" infers it from their shape and the layers.
+        prefix_tokens: tokens in front of a sequence that are no local features (class, distillation, register tokens)
+            and are dropped, >= 0; "auto" counts those beyond the map that the sequence comes from.
         example_input: arguments for one forward in evaluation mode without gradient: a tensor, a tuple of
             positional or a dict of keyword arguments.
         record_in_eval: record forwards in evaluation mode, too, if they are with gradient, for training with frozen
             batch normalisation; a validation loss then needs ``criterion.eval()`` or ``torch.no_grad()``.
-        **overrides: fields of :class:`sfr.SFRConfig` that replace those of `config`.
+        config, **switches: deprecated; they are arguments of :class:`sfr.SFRLoss`.
 
     Raises:
-        TypeError: if `model` is no ``nn.Module``, its class admits no subclass, `config` is no configuration, or for
-            an override that is no field of it.
+        TypeError: if `model` is no ``nn.Module``, its class admits no subclass, or for an argument that is none.
         ValueError: if a part of the model is wrapped already, or it holds an ``nn.DataParallel`` over several GPUs, or
             a stage is unknown, or there are fewer than two.
 
@@ -159,9 +166,12 @@ class SFRWrapper(nn.Module):
         model: nn.Module | None = None,
         config: SFRConfig | Mapping[str, Any] | None = None,
         *,
+        stages: str | Sequence[str] | None = None,
+        layout: Layout = "auto",
+        prefix_tokens: int | Literal["auto"] = "auto",
         example_input: Any = None,
         record_in_eval: bool = False,
-        **overrides: Any,
+        **switches: Any,
     ) -> SFRWrapper:
         if cls is not SFRWrapper:
             return super().__new__(cls)  # of a wrapped class: a copy, or type(model)(...)
@@ -177,7 +187,9 @@ class SFRWrapper(nn.Module):
                     f"a part of the model is wrapped already, {name!r}: undo that first, with "
                     f"sfr.unwrap(model.get_submodule({name!r})), or wrap no more than that part"
                 )
-        record = Record(_configuration(config, overrides), record_in_eval)
+        own: dict[str, Any] = {"stages": stages, "layout": layout, "prefix_tokens": prefix_tokens}
+        own, switches = _sorted_out(own, config, switches)
+        record = Record(StageSettings(**own), SFRConfig.from_dict(switches), record_in_eval)
         example = None if example_input is None else forward_arguments(model, (example_input,))
         outer = wrapped_class(plain_class(type(model), SFRWrapper), SFRWrapper)
         try:
@@ -210,18 +222,20 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def _configuration(config: object, overrides: dict[str, Any]) -> SFRConfig:
-    """Return a configuration with some fields replaced."""
-    if isinstance(config, Mapping):
-        config = SFRConfig.from_dict(config)
-    if config is None:
-        config = SFRConfig()
-    if not isinstance(config, SFRConfig):
+def _sorted_out(own: dict[str, Any], config: object, switches: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what is the wrapper's own, and the criterion's switches that it is given, as until the next release."""
+    check_wrapper_arguments(switches)
+    if isinstance(config, SFRConfig):
+        switches = config.to_dict() | switches
+    elif isinstance(config, Mapping):
+        own |= {name: config[name] for name in own if name in config}
+        switches = {name: value for name, value in config.items() if name not in own} | switches
+    elif config is not None:
         raise TypeError(
-            f"config must be an SFRConfig or a mapping of its fields; got {type(config).__name__}. Single fields are "
-            "given by name, as in SFRWrapper(model, weight=0.1), and an input as example_input="
+            f"SFRWrapper takes the model alone by position; got {type(config).__name__}. The rest is given by name, as "
+            "an input, example_input="
         )
-    message = no_such_field(overrides, also=("example_input", "record_in_eval"))
-    if message:
-        raise TypeError(f"SFRWrapper has no argument {message}")
-    return dataclasses.replace(config, **overrides)
+    if switches:
+        moved = {name: OLD_NAMES.get(name, f"{name}=") for name in switches}
+        deprecated("SFRWrapper", {name: f"SFRLoss(model, {new})" for name, new in moved.items()})
+    return own, switches

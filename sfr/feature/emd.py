@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfr.config import Cost, Marginals, Reduction, Solver, check_choice
+from sfr.checks import check_choice
+from sfr.config import Cost, Marginals, Reduction, Solver
 from sfr.transport import solve
 
 

@@ -1,4 +1,4 @@
-"""PastPredictions: what the network said of each training sample when it last saw it."""
+"""PastPredictions: what the network said of each training sample when it last saw it, a source of smoothed targets."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from sfr.config import check_number, plain_number
+from sfr.checks import check_number, plain_number
+from sfr.labels.source import Batch
 from sfr.state import TensorState
 
 
@@ -28,7 +30,7 @@ class PastPredictions(TensorState):
     Example:
         >>> past = PastPredictions(num_samples=3)
         >>> past.remember(torch.tensor([2]), torch.tensor([[0.25, 0.75]]))
-        >>> past.recall(torch.tensor([2, 0]), otherwise=torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+        >>> past.said(torch.tensor([2, 0]), otherwise=torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
         tensor([[0.2500, 0.7500],
                 [1.0000, 0.0000]])
     """
@@ -46,8 +48,14 @@ class PastPredictions(TensorState):
     def _forget(self) -> None:
         self.table = torch.empty(0, 0, dtype=torch.float16)  # (num_samples, K) once K is known
 
-    def checked(self, index: Tensor | None, samples: int) -> Tensor:
-        """Return the numbers of a batch of `samples` as int64, or raise an error that says what does not fit."""
+    def check(self, logits: Tensor, target: Tensor, index: Tensor | None) -> None:
+        """Raise a ``TypeError`` or ``ValueError`` that says what does not fit."""
+        if logits.ndim != 2 or target.is_floating_point():
+            raise ValueError(
+                "the term of past predictions needs logits of shape (B, K) and class indices: a mixed image has no "
+                f"past; got logits {tuple(logits.shape)} and a {target.dtype} target"
+            )
+        samples = len(logits)
         if index is None:
             raise ValueError(
                 "past predictions need to know which samples these are: criterion(logits, target, index=index). "
@@ -62,9 +70,17 @@ class PastPredictions(TensorState):
                 f"index must lie in [0, {self.num_samples - 1}], as num_samples={self.num_samples} says; "
                 f"got values from {index.min().item()} to {index.max().item()}"
             )
-        return index.long()
 
-    def recall(self, index: Tensor, otherwise: Tensor) -> Tensor:
+    def recall(self, batch: Batch) -> Tensor:
+        """Return what was said of each sample, (B, K); of one of which nothing was yet, its one-hot label."""
+        onehot = F.one_hot(batch.labels, batch.log_probabilities.shape[1]).to(batch.log_probabilities)
+        return self.said(_numbers_of(batch), otherwise=onehot)
+
+    def observe(self, batch: Batch) -> None:
+        """Keep what is said of each sample."""
+        self.remember(_numbers_of(batch), batch.log_probabilities.detach().exp())
+
+    def said(self, index: Tensor, otherwise: Tensor) -> Tensor:
         """Return what was said of the samples `index` (B,), rows of `otherwise` (B, K) where nothing was yet."""
         self._prepare(otherwise)
         said = self.table[index.to(self.table.device)].to(otherwise.dtype)
@@ -117,6 +133,12 @@ class PastPredictions(TensorState):
 
     def extra_repr(self) -> str:
         return f"num_samples={self.num_samples}"
+
+
+def _numbers_of(batch: Batch) -> Tensor:
+    """Return the numbers of the samples of a batch that has passed the check, int64."""
+    assert batch.numbers is not None
+    return batch.numbers.long()
 
 
 def _rows_of_all_ranks(*tensors: Tensor) -> list[Tensor]:

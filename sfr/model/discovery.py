@@ -13,12 +13,12 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import TensorWeakRef
 
-from sfr.config import SFRConfig
 from sfr.model.candidates import LEVEL_RATIO, Candidates
 from sfr.model.formats import View
 from sfr.model.outputs import features_in, logits_in
 from sfr.model.reading import Reader, assumed_view
 from sfr.model.recorder import graph_behind
+from sfr.model.settings import StageSettings
 from sfr.model.sightings import STAGES_IN_DEPTH, Sighting, ancestors, even_places, held, is_container, outermost
 from sfr.model.stages import HOW_TO_NAME
 
@@ -44,19 +44,21 @@ class StageFinder:
 
     Args:
         model: the plain model.
-        config: its ``layout`` and ``prefix_tokens`` overrule what is seen.
+        settings: its ``layout`` and ``prefix_tokens`` overrule what is seen.
         named: names of the stages, if the user gave them; none is looked for then.
         keep: whether the features of the stages are wanted, too.
     """
 
-    def __init__(self, model: nn.Module, config: SFRConfig, named: Sequence[str] = (), keep: bool = False) -> None:
-        self._model, self._config, self._named = model, config, tuple(named)
+    def __init__(
+        self, model: nn.Module, settings: StageSettings, named: Sequence[str] = (), keep: bool = False
+    ) -> None:
+        self._model, self._settings, self._named = model, settings, tuple(named)
         self._seen: set[str] = set()
         self._kinds = Counter(type(module) for module in model.modules())
         self._sightings: list[Sighting] = []
         self._calls: Counter[str] = Counter()
         self._candidates = Candidates(model) if keep and not named else None
-        self._reader = Reader(config, ())
+        self._reader = Reader(settings, ())
         self._gradient = True
         self._batch: int | None = None
         self._nested = 0
@@ -122,7 +124,7 @@ class StageFinder:
 
     def _reader_of(self, *batches: int | None) -> Reader:
         known = dict.fromkeys(batch for batch in batches if batch is not None)
-        return Reader(self._config, known, self._sightings, self._named)
+        return Reader(self._settings, known, self._sightings, self._named)
 
     @property
     def called(self) -> Collection[str]:
@@ -193,7 +195,7 @@ class StageFinder:
         """Return what is known of the outputs that are no stages, as the rest of a sentence."""
         unread = [sighting for sighting in self._sightings if sighting.problem]
         if unread:
-            stated = "" if self._config.layout == "auto" else f" with layout={self._config.layout!r}"
+            stated = "" if self._settings.layout == "auto" else f" with layout={self._settings.layout!r}"
             return f": {len(unread)} output(s) cannot be read{stated}; {unread[0].name!r}: {unread[0].problem}"
         others = [sighting for sighting in self._sightings if sighting.view is None]
         if self._sightings and len(others) == len(self._sightings):

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from sfr.config import Layout, SFRConfig
+from sfr.config import Layout
 from sfr.model.formats import Grid, View, cells, spatial_shape, token_grid
+from sfr.model.settings import StageSettings
 from sfr.model.sightings import Sighting, is_container
 from sfr.model.stages import infer_layout, swapped_axes
 
@@ -25,7 +26,7 @@ class Reader:
     """Tells how one output after another is read, from the layers and maps that went before.
 
     Args:
-        config: its ``layout`` and ``prefix_tokens`` overrule what is seen.
+        settings: its ``layout`` and ``prefix_tokens`` overrule what is seen.
         batches: what may be the length of the batch, the likeliest first; of the logits, and of the input.
         seen: all outputs of the forward, as far as known.
         named: names of the stages, if the user gave them.
@@ -33,12 +34,12 @@ class Reader:
 
     def __init__(
         self,
-        config: SFRConfig,
+        settings: StageSettings,
         batches: Iterable[int],
         seen: Iterable[Sighting] = (),
         named: Iterable[str] = (),
     ) -> None:
-        self._config = config
+        self._settings = settings
         self._batches = list(batches)
         self._named = set(named)
         self._layer: nn.Module | None = None
@@ -60,7 +61,7 @@ class Reader:
     def _view(self, sighting: Sighting, batch_axis: int) -> tuple[View, int]:
         if sighting.is_layer:
             self._layer = sighting.module
-        layout = self._config.layout
+        layout = self._settings.layout
         if layout == "auto":
             layout = self._inferred(sighting, batch_axis)
         try:
@@ -87,7 +88,7 @@ class Reader:
         Raises:
             ValueError: for a named stage whose layout, as stated or as a rule, has it on the wrong one.
         """
-        shape, stated = sighting.shape, self._config.layout
+        shape, stated = sighting.shape, self._settings.layout
         if stated == "sequence_first":
             axis = 1 if sighting.ndim != 3 or shape[1] in self._batches else None
         elif stated != "auto":
@@ -129,8 +130,8 @@ class Reader:
         none fits (tokens were merged) there are as many as before. The rest lies like a map of the same proportions.
         """
         surplus = [extra for extra in (count - cells(grid) for grid in self._maps) if 0 <= extra <= MOST_PREFIX_TOKENS]
-        if self._config.prefix_tokens != "auto":
-            self._prefix = self._config.prefix_tokens
+        if self._settings.prefix_tokens != "auto":
+            self._prefix = self._settings.prefix_tokens
         elif surplus:
             self._prefix = min(surplus)
         local = count - self._prefix
@@ -139,13 +140,13 @@ class Reader:
         return View(layout, self._prefix, next(fitting, ()))
 
 
-def assumed_view(stage: nn.Module, feature: Tensor, config: SFRConfig) -> View:
+def assumed_view(stage: nn.Module, feature: Tensor, settings: StageSettings) -> View:
     """Return how the output of a stage is read whose forward was not watched.
 
     Raises:
         ValueError: if the layout or the number of prefix tokens cannot be told.
     """
-    layout = config.layout
+    layout = settings.layout
     if layout == "auto":
         layout = infer_layout(stage, feature)
         if layout == "tokens" and is_batch_first(stage) is False:
@@ -157,12 +158,12 @@ def assumed_view(stage: nn.Module, feature: Tensor, config: SFRConfig) -> View:
             )
     if layout not in ("tokens", "sequence_first"):
         return View(layout)
-    if config.prefix_tokens == "auto":
+    if settings.prefix_tokens == "auto":
         raise ValueError(
             "gives tokens, and no watched forward has shown how many of them are class or register tokens: pass "
             "example_input= to the wrapper if its first forward is compiled, or state prefix_tokens= (0 if none)"
         )
-    return View(layout, config.prefix_tokens)
+    return View(layout, settings.prefix_tokens)
 
 
 def is_batch_first(module: nn.Module) -> bool | None:

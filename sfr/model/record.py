@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -15,6 +16,7 @@ from sfr.config import SFRConfig
 from sfr.model.discovery import StageFinder
 from sfr.model.formats import View
 from sfr.model.recorder import NEVER_FIRED_UNTIL_WARNING, WHY_SILENT, Recorder, Tap
+from sfr.model.settings import StageSettings
 from sfr.model.sightings import ancestors
 from sfr.model.stages import find_stages
 
@@ -28,12 +30,13 @@ class Record:
     It does not hold the model, which holds it: copies of the model have a copy of it.
 
     Args:
-        config: the switches.
+        settings: what the user states of the stages.
+        config: switches of the criterion that were given to the wrapper, as until the next release they may be.
         in_eval: whether to record forwards in evaluation mode, too, if they are with gradient.
     """
 
-    def __init__(self, config: SFRConfig, in_eval: bool = False) -> None:
-        self.config = config
+    def __init__(self, settings: StageSettings, config: SFRConfig, in_eval: bool = False) -> None:
+        self.settings, self.config = settings, config
         self.in_eval = in_eval
         self.recorder = Recorder()
         self.stage_names: tuple[str, ...] | None = None
@@ -43,10 +46,15 @@ class Record:
         self.joining = False
         self._watches = 0
 
+    @property
+    def stated(self) -> tuple[StageSettings, SFRConfig]:
+        """What the user stated where the model was wrapped."""
+        return self.settings, self.config
+
     def start(self, model: nn.Module, example: tuple[tuple[Any, ...], Mapping[str, Any]] | None) -> None:
-        """Tap the stages that the configuration names; if there are arguments for a forward, watch one."""
-        if self.config.stages is not None:
-            self.tap(find_stages(model, self.config.stages))
+        """Tap the stages that the settings name; if there are arguments for a forward, watch one."""
+        if self.settings.stages is not None:
+            self.tap(find_stages(model, self.settings.stages))
         if example is not None:
             self._watch_evaluation(model, *example)
 
@@ -66,7 +74,7 @@ class Record:
 
     def for_copy(self, model: nn.Module) -> Record:
         """Return a record like this one that taps another model of the same structure."""
-        record = Record(self.config, self.in_eval)
+        record = Record(self.settings, self.config, self.in_eval)
         record.views, record.left_out = self.views, self.left_out
         stages = {name: model.get_submodule(name) for name in self.stage_names or ()}
         for stage in stages.values():  # copies of the taps serve nobody
@@ -103,6 +111,28 @@ class Record:
         """Whether the model is in a mode in which forwards with gradient are recorded."""
         return model.training or self.in_eval
 
+    def check_use(self, model: nn.Module, stated: tuple[StageSettings, SFRConfig], exchanges: bool) -> bool:
+        """Return whether there should be features to use; False for a model in evaluation mode.
+
+        Args:
+            model: the model.
+            stated: what was :attr:`stated` when the criterion was made.
+            exchanges: whether it exchanges something between the ranks.
+
+        Raises:
+            RuntimeError: if the features cannot be used here, saying why.
+        """
+        if stated != self.stated:
+            raise RuntimeError(OTHER_SETTINGS)
+        if not self.records(model) and not self.recorder.recorded:
+            return False
+        if self.joining and exchanges and dist.is_available() and dist.is_initialized():
+            raise RuntimeError(JOINED)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            self.recorder.abort()  # what was recorded inside the transform is of no use outside
+            raise RuntimeError(TRANSFORMED)
+        return True
+
     def _is_to_be_watched(self) -> bool:
         """Whether the stages are unknown, or how their outputs are read; of those that were skipped, not for ever."""
         if torch.compiler.is_compiling():
@@ -127,7 +157,7 @@ class Record:
     def _watched_call(self, model: nn.Module, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the first training forward and watch it."""
         named = self.stage_names is not None
-        with StageFinder(model, self.config, self.stage_names or (), keep=True) as finder:
+        with StageFinder(model, self.settings, self.stage_names or (), keep=True) as finder:
             output = self._recorded_call(model, plain, args, kwargs)
         if named:
             self._check_silence(model, finder.called)
@@ -140,7 +170,7 @@ class Record:
         modes = [(module, module.training) for module in model.modules()]
         try:
             model.eval()
-            with torch.no_grad(), StageFinder(model, self.config, self.stage_names or ()) as finder:
+            with torch.no_grad(), StageFinder(model, self.settings, self.stage_names or ()) as finder:
                 model(*args, **kwargs)
         finally:
             for module, mode in modes:
@@ -214,6 +244,23 @@ NO_FEATURES = (
     "as for the two labels of MixUp, only with the very same logits and before the next forward. Other outputs of that "
     "forward, as of auxiliary classifiers, get a plain loss, F.cross_entropy(auxiliary, target); or one label_loss= "
     "takes all outputs. For a validation loss call criterion.eval(), or compute it under torch.no_grad()."
+)
+
+
+JOINED = (
+    "with model.join(), a rank that has run out of batches takes no part in what the criterion exchanges between the "
+    "ranks (label statistics, past predictions), and the others would wait for it or fail. Give all "
+    "ranks the same number of batches (DistributedSampler, Accelerate's loaders), or set smoothing='uniform' or 'none' "
+    "for the criterion"
+)
+OTHER_SETTINGS = (
+    "the model has been wrapped again, with other settings than those this criterion was made with: make a new one, "
+    "criterion = sfr.SFRLoss(model)"
+)
+TRANSFORMED = (
+    "the feature term cannot be computed inside a transform of torch.func (grad, vmap, jacrev, ...): the transport is "
+    "solved on the values, which the transform hides. Take loss.backward(), or torch.autograd.grad(loss, ...), which "
+    "also knows create_graph=True; and inside the transform a plain loss, such as F.cross_entropy"
 )
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from sfr.config import Layout, near_names
+from sfr.checks import near_names
+from sfr.config import Layout
 from sfr.model.formats import Shaped
 
 HOW_TO_NAME = (

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sfr.criterion import LARGE_SHARE, LossParts, SFRLoss
+from sfr.config import Ramp, SFRConfig
 from sfr.feature.term import Pair
 from sfr.model.arguments import forward_arguments
+from sfr.model.maps import Maps
 from sfr.model.outputs import logits_in
 from sfr.model.record import known_record
+from sfr.parts import LossParts
 from sfr.preflight.cost import StepCost, compare_steps
 from sfr.transport import default_solver
+from sfr.watch import LARGE_SHARE
 
 NO_CLASSES = (
-    "the terms of the loss are not shown, because the output is no classes (fewer than two axes, or one column: a "
-    "regression, or a model that computes its losses itself), and random labels cannot be drawn"
+    "the terms of the loss are not shown, because random labels cannot be drawn: the output is no classes (fewer than "
+    "two axes, or one column: a regression, or a model that computes its losses itself), or the loss is your own. "
+    "Give a target: criterion.report(x, target=y)"
 )
 
 # Shares of the feature term in the first loss: between the two it is as it should be.
@@ -108,18 +112,42 @@ class Report:
         )
 
 
-def report(model: nn.Module, *example_input: Any, repeats: int = 5) -> Report:
-    """Run a few training steps on random labels and tell what SFR does and what it costs.
+class Criterion(Protocol):
+    """What the report needs of an :class:`sfr.SFRLoss`."""
 
-    Nothing is left behind: buffers, gradients, training mode and random state are put back. Under several processes
-    call it on any one rank or on all, before the model is prepared for them.
+    config: SFRConfig
+    maps: Maps
+    label_loss: Callable[[Any, Any], Tensor] | None
+
+    @property
+    def labels(self) -> Any: ...
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def last(self) -> LossParts: ...
+
+    def __call__(self, output: Any, target: Any, *, index: Tensor | None) -> Tensor: ...
+
+    def pairs_of(self, features: Mapping[str, Tensor]) -> Iterator[Pair]: ...
+
+    def twin(self, label_loss: Callable[[Any, Any], Tensor] | None) -> Criterion: ...
+
+
+def report(criterion: Criterion, *example_input: Any, target: Any = None, repeats: int = 5) -> Report:
+    """Run a few training steps and tell what a criterion does to its model and what it costs.
+
+    Nothing is left behind: buffers, gradients, training mode, random state and the criterion's state are as before.
+    Under several processes call it on any one rank or on all, before the model is prepared for them.
 
     Args:
-        model: the wrapped model; stages not yet discovered are.
+        criterion: the :class:`sfr.SFRLoss`; stages of its model that are not yet discovered are.
         *example_input: arguments of one forward, best a batch of the size to be trained with: as the model takes them,
-            ``report(x)`` or ``report(x, y)``, or all in one tuple or dict. The model returns logits, or an output with
-            ``logits`` or that begins with them; what has fewer than two axes, or one column, counts as a loss
-            (regression; a detector, which takes its targets, too).
+            ``report(x)`` or ``report(x, y)``, or all in one tuple or dict.
+        target: what the criterion is called with beside the output; None draws random labels. They need a model that
+            returns logits, or an output with ``logits`` or that begins with them, and a criterion without a loss of the
+            user's own. Else the mean of all numbers of the output stands for the loss.
         repeats: timed steps of each kind, >= 1.
 
     Returns:
@@ -128,58 +156,58 @@ def report(model: nn.Module, *example_input: Any, repeats: int = 5) -> Report:
     Raises:
         TypeError: if the model's forward does not take such arguments, or it returns no floating-point tensor.
     """
+    model = criterion.model
     record = known_record(model)
     args, kwargs = forward_arguments(model, example_input)
 
-    def forward() -> Tensor:
-        """Return the logits, or of an output without classes the mean of all numbers, 0-d, as a loss."""
+    with _unchanged(model):
         output = model(*args, **kwargs)
         logits = logits_in(output)
         if logits is None:
             raise TypeError("the model returns no logits: no floating-point tensor is in its output")
-        return logits if logits.ndim > 1 and logits.shape[1] > 1 else _mean_of(output)
-
-    with _unchanged(model):
-        logits = forward()
-        has_classes = logits.ndim > 1
-        criterion = SFRLoss(model, label_loss=None if has_classes else lambda loss, _: loss)
-        criterion.labels.sync = False
-        target = (
-            torch.randint(logits.shape[1], (len(logits), *logits.shape[2:])).to(logits.device) if has_classes else None
-        )
-        index = _some_index(criterion.config.num_samples, logits)
-        features = record.take_features(logits)
-        stages, pairs = _describe(criterion, features)
+        shows_loss = target is not None or (criterion.label_loss is None and _is_of_classes(logits))
+        twin = criterion.twin(criterion.label_loss if shows_loss else _mean_of)
+        twin.labels.sync = False
+        if target is None and shows_loss:
+            target = torch.randint(logits.shape[1], (len(logits), *logits.shape[2:])).to(logits.device)
+        numbers = _some_numbers(twin.config.num_samples, logits)
+        stages, pairs = _describe(twin, record.take_features(logits if shows_loss else _mean_of(output)))
 
         def step() -> None:
-            criterion(forward(), target, index=index).backward()
+            output = model(*args, **kwargs)
+            twin(output if shows_loss else _mean_of(output), target, index=numbers).backward()
 
         def plain_step() -> None:
             with record.disable():
                 step()
 
         costs = compare_steps({"plain": plain_step, "sfr": step}, logits.device, repeats)
-    solver: str = criterion.config.solver
+    solver: str = twin.config.solver
     if solver == "auto":
         solver = f"auto ({default_solver(logits.device)} on {logits.device.type})"
-    loss = replace(criterion.last, weight=criterion.config.largest_weight) if has_classes else None
-    notes = [] if has_classes else [NO_CLASSES]
+    loss = replace(twin.last, weight=Ramp.of(twin.config.feature_weight).largest) if shows_loss else None
+    notes = [] if shows_loss else [NO_CLASSES]
     notes += [f"left out: {stage}" for stage in record.left_out]
     return Report(stages, pairs, loss, solver, costs["plain"], costs["sfr"], tuple(notes))
 
 
-def _some_index(num_samples: int | None, logits: Tensor) -> Tensor | None:
+def _is_of_classes(logits: Tensor) -> bool:
+    """Whether random labels can be drawn: of fewer than two axes, or one column, there are none."""
+    return logits.ndim > 1 and logits.shape[1] > 1
+
+
+def _some_numbers(num_samples: int | None, logits: Tensor) -> Tensor | None:
     """Return numbers of samples as smoothing='past' needs them."""
     return None if num_samples is None else torch.arange(len(logits), device=logits.device) % num_samples
 
 
-def _describe(criterion: SFRLoss, features: dict[str, Tensor]) -> tuple[tuple[StageRow, ...], tuple[PairRow, ...]]:
+def _describe(criterion: Criterion, features: dict[str, Tensor]) -> tuple[tuple[StageRow, ...], tuple[PairRow, ...]]:
     stages = tuple(_stage_row(criterion, name, feature) for name, feature in features.items())
     return stages, tuple(map(_pair_row, criterion.pairs_of(features)))
 
 
-def _stage_row(criterion: SFRLoss, name: str, feature: Tensor) -> StageRow:
-    view, module = criterion.view_of(name, feature), criterion.model.get_submodule(name)
+def _stage_row(criterion: Criterion, name: str, feature: Tensor) -> StageRow:
+    view, module = criterion.maps.view_of(name, feature), criterion.model.get_submodule(name)
     return StageRow(name, type(module).__name__, tuple(feature.shape), view.layout, view.prefix)
 
 
@@ -189,7 +217,7 @@ def _pair_row(pair: Pair) -> PairRow:
     return PairRow(pair.shallow, pair.deep, sizes, deep.shape[2], plans)
 
 
-def _mean_of(output: Any) -> Tensor:
+def _mean_of(output: Any, _: Any = None) -> Tensor:
     """Return the mean over all floating-point tensors in a model's output."""
     leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     return torch.stack([leaf.float().mean() for leaf in leaves]).mean()
@@ -228,9 +256,9 @@ def _terms(loss: LossParts) -> list[str]:
 def effect_of(share: float) -> str:
     """Return what a feature term of this share in the first loss will do."""
     if share > LARGE_SHARE:
-        return "The feature term outweighs the labels: the network may not learn them. Lower weight=."
+        return "The feature term outweighs the labels: the network may not learn them. Lower feature_weight=."
     if share > STRONG_SHARE:
-        return "A strong regularizer from the first step: compare with plain training, or lower weight=."
+        return "A strong regularizer from the first step: compare with plain training, or lower feature_weight=."
     if share > WEAK_SHARE:
         return "A mild regularizer: the labels lead, and the feature term counts more as they are fitted."
     return "Next to no effect at first: the weight is zero or the stages are alike, and it grows as they part."

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfr.config import check_choice, check_number
+from sfr.checks import check_choice, check_number
 
 Objective: TypeAlias = Literal["simclr", "simsiam"]
 Embeddings: TypeAlias = Sequence[Tensor]

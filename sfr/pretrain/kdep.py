@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfr.config import check_choice, check_number
+from sfr.checks import check_choice, check_number
 from sfr.pretrain.moments import Moments
 from sfr.pretrain.pooled import PooledFeatures
 

@@ -7,7 +7,7 @@ import difflib
 
 from torch import Tensor, nn
 
-from sfr.config import check_choice
+from sfr.checks import check_choice
 from sfr.model.outputs import feature_of
 from sfr.pretrain.dogo import Objective
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfr.config import Solver, check_choice, check_number
+from sfr.checks import check_choice, check_number
+from sfr.config import Solver
 from sfr.transport.exact import exact_plan
 from sfr.transport.fallback import OptionalSolver
 from sfr.transport.proximal import proximal_plan

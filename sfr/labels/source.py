@@ -1,0 +1,57 @@
+"""What the sources of smoothed targets have in common: they are asked before a step, and told after it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """One training step as the label term sees it, a row for each position: N = B, or B times the pixels of an image.
+
+    Args:
+        log_probabilities: shape (N, K), float32 (float64 for float64 logits).
+        labels: class indices (N,), 0 where the label is ignored, or soft targets (N, K).
+        kept: which labels count, (N,); None for soft targets, all of which do.
+        images: B.
+        numbers: numbers of the images in the training set, (B,), if they were given.
+    """
+
+    log_probabilities: Tensor
+    labels: Tensor
+    kept: Tensor | None
+    images: int
+    numbers: Tensor | None
+
+    @classmethod
+    def of(cls, logits: Tensor, target: Tensor, ignore_index: int, numbers: Tensor | None) -> Batch:
+        """Return the step with these logits (B, K, ...) and targets, class indices (B, ...) or soft (B, K, ...)."""
+        log_probabilities = F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        rows = log_probabilities.movedim(1, -1).reshape(-1, logits.shape[1])
+        if target.is_floating_point():
+            return cls(rows, target.movedim(1, -1).reshape(rows.shape), None, len(logits), numbers)
+        labels = target.flatten()
+        kept = labels != ignore_index
+        return cls(rows, labels.where(kept, 0), kept, len(logits), numbers)
+
+    def detached(self) -> Batch:
+        """Return the step without its autograd graph."""
+        return self._replace(log_probabilities=self.log_probabilities.detach())
+
+
+class Source(Protocol):
+    """Where the distributions come from that targets are smoothed towards."""
+
+    sync: bool
+
+    def check(self, logits: Tensor, target: Tensor, index: Tensor | None) -> None:
+        """Raise a ``TypeError`` or ``ValueError`` for a batch that the source cannot serve."""
+
+    def recall(self, batch: Batch) -> Tensor:
+        """Return a distribution (N, K) for each row, from what was observed before this step."""
+
+    def observe(self, batch: Batch) -> None:
+        """Take in what the network says in this step; with `sync`, on all ranks."""

@@ -1,0 +1,61 @@
+"""Maps: the outputs of a model's stages, channels first and without prefix tokens, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from sfr.model.formats import View, as_map
+from sfr.model.reading import assumed_view
+from sfr.model.record import known_record
+from sfr.model.stages import check_batches
+
+
+class Maps:
+    """Reads what the stages of one wrapped model return: as stated, or else as seen or inferred.
+
+    Args:
+        model: the wrapped model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        # Past nn.Module's own __setattr__ wherever this is kept: it does not own the model.
+        self._model = model
+        self._views: dict[str, View] = {}
+
+    def of(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return stage outputs as maps (B, C, *spatial), or (B, C) of vectors.
+
+        Raises:
+            ValueError: naming the stage, if its output cannot be read so.
+        """
+        return {name: self._map_of(name, feature) for name, feature in features.items()}
+
+    def _map_of(self, name: str, feature: Tensor) -> Tensor:
+        view = self.view_of(name, feature)
+        try:
+            return as_map(feature, view)
+        except ValueError as error:
+            raise ValueError(f"stage {name!r} {error}") from None
+
+    def view_of(self, name: str, feature: Tensor) -> View:
+        """Return how the output of a stage is read."""
+        if name not in self._views:
+            record = known_record(self._model)
+            try:
+                seen = (record.views or {}).get(name)
+                self._views[name] = seen or assumed_view(self._model.get_submodule(name), feature, record.settings)
+            except ValueError as error:
+                raise ValueError(f"stage {name!r} {error}") from None
+        return self._views[name]
+
+    def order(self, features: Mapping[str, Tensor]) -> list[str]:
+        """Return the names of all stages, the shallowest first, also of those that a forward skipped."""
+        order = known_record(self._model).recorder.order
+        return order if features.keys() <= set(order) else list(features)
+
+    def check(self, features: Mapping[str, Tensor], batch: int | None) -> None:
+        """Raise a ``ValueError`` unless all stages are of one batch, and of that of the logits, if it is known."""
+        views = {name: self.view_of(name, feature) for name, feature in features.items()}
+        check_batches({name: (tuple(features[name].shape), view.layout) for name, view in views.items()}, batch)

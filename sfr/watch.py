@@ -1,0 +1,83 @@
+"""Watch: what a training is warned of, once, while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfr.feature.term import Term
+from sfr.parts import LossParts
+from sfr.warn import warn_user
+
+# How often the flag of non-finite features is read where that makes the host wait for the device.
+CHECK_EVERY = 100
+# A feature term that is more than this share of the loss for so many steps is warned of; where reading it makes the
+# host wait, it is read as often as that. The label term counts as the largest so far, for when the labels are fitted
+# it goes to zero, and every feature term outweighs it.
+LARGE_SHARE, LARGE_STEPS = 1 / 3, 50
+
+NONFINITE = (
+    "non-finite features at or before step {}: their images get a feature term of zero. Look at the learning rate and, "
+    "with float16, at the loss scale."
+)
+LARGE = (
+    "the feature term has been more than a third of the loss for {} steps. It may keep the network from learning its "
+    "labels: lower feature_weight={}, or let it fall with feature_weight=sfr.Ramp(...)."
+)
+FROZEN = (
+    "all the supervised stages are frozen: the feature term takes time and trains nothing. Unfreeze them, or train "
+    "inside model.disable() as long as they are frozen."
+)
+EVALUATION = (
+    "the criterion was called for a model in evaluation mode: the loss is the plain one, and neither step nor label "
+    "statistics have moved. For a validation loss that is right, and criterion.eval() or torch.no_grad() says so. To "
+    "train in evaluation mode (frozen batch normalisation), wrap with SFRWrapper(model, record_in_eval=True)."
+)
+
+
+class Watch:
+    """Looks at the steps of one criterion, and warns of each kind of trouble once."""
+
+    def __init__(self) -> None:
+        self._warned: set[str] = set()
+        self._nonfinite: Tensor | None = None
+        self._large_since: int | None = None
+        self._largest_label = 0.0
+
+    def warn(self, message: str, *values: object) -> None:
+        """Warn with one of the messages of this file, unless it was said before."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warn_user(message.format(*values))
+
+    def see_terms(self, terms: Mapping[str, Term], step: int) -> None:
+        """Warn if an image's features are not finite; read seldom where that makes the host wait."""
+        if NONFINITE in self._warned or not terms:
+            return
+        found = ~torch.stack([term.finite.all() for term in terms.values()]).all()
+        self._nonfinite = found if self._nonfinite is None else self._nonfinite | found
+        if found.device.type != "cpu" and step % CHECK_EVERY:
+            return
+        if self._nonfinite:
+            self.warn(NONFINITE, step)
+        self._nonfinite = None
+
+    def see_parts(self, parts: LossParts, step: int, stated: object) -> None:
+        """Warn if the feature term, of the weight as it is `stated`, has been a large share of the loss for long."""
+        if LARGE in self._warned or (parts.label.device.type != "cpu" and step % LARGE_STEPS):
+            return
+        self._largest_label = max(self._largest_label, float(parts.label))
+        weighted = parts.weight * float(parts.feature)
+        share = weighted / (weighted + self._largest_label) if weighted else 0.0
+        if share <= LARGE_SHARE:
+            self._large_since = None
+        elif self._large_since is None:
+            self._large_since = step
+        if self._large_since is not None and step - self._large_since >= LARGE_STEPS - 1:
+            self.warn(LARGE, LARGE_STEPS, stated)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_nonfinite": None}
