@@ -15,6 +15,7 @@ from sfr.compiling import eager
 from sfr.config import SFRConfig
 from sfr.model.discovery import StageFinder
 from sfr.model.formats import View
+from sfr.model.messages import JOINED, NO_FEATURES, OTHER_SETTINGS, TRANSFORMED
 from sfr.model.recorder import NEVER_FIRED_UNTIL_WARNING, WHY_SILENT, Recorder, Tap
 from sfr.model.settings import StageSettings
 from sfr.model.sightings import ancestors
@@ -235,33 +236,6 @@ class Record:
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside disable() or join() is not inside them for ever.
         return self.__dict__ | {"disabled": False, "joining": False}
-
-
-NO_FEATURES = (
-    "no features are recorded. A criterion belongs to the model it was made for: for another one, or a copy, make a "
-    "new SFRLoss. It needs a forward of the wrapped model (called as model(x), not model.forward(x), and not "
-    "unwrapped) in training mode and with gradient just before it. It may be called again, "
-    "as for the two labels of MixUp, only with the very same logits and before the next forward. Other outputs of that "
-    "forward, as of auxiliary classifiers, get a plain loss, F.cross_entropy(auxiliary, target); or one label_loss= "
-    "takes all outputs. For a validation loss call criterion.eval(), or compute it under torch.no_grad()."
-)
-
-
-JOINED = (
-    "with model.join(), a rank that has run out of batches takes no part in what the criterion exchanges between the "
-    "ranks (label statistics, past predictions), and the others would wait for it or fail. Give all "
-    "ranks the same number of batches (DistributedSampler, Accelerate's loaders), or set smoothing='uniform' or 'none' "
-    "for the criterion"
-)
-OTHER_SETTINGS = (
-    "the model has been wrapped again, with other settings than those this criterion was made with: make a new one, "
-    "criterion = sfr.SFRLoss(model)"
-)
-TRANSFORMED = (
-    "the feature term cannot be computed inside a transform of torch.func (grad, vmap, jacrev, ...): the transport is "
-    "solved on the values, which the transform hides. Take loss.backward(), or torch.autograd.grad(loss, ...), which "
-    "also knows create_graph=True; and inside the transform a plain loss, such as F.cross_entropy"
-)
 
 
 def record_of(model: nn.Module) -> Record | None:

@@ -1,0 +1,25 @@
+"""What is said where the features of a forward cannot be used."""
+
+NO_FEATURES = (
+    "no features are recorded. A criterion belongs to the model it was made for: for another one, or a copy, make a "
+    "new SFRLoss. It needs a forward of the wrapped model (called as model(x), not model.forward(x), and not "
+    "unwrapped) in training mode and with gradient just before it. It may be called again, "
+    "as for the two labels of MixUp, only with the very same logits and before the next forward. Other outputs of that "
+    "forward, as of auxiliary classifiers, get a plain loss, F.cross_entropy(auxiliary, target); or one label_loss= "
+    "takes all outputs. For a validation loss call criterion.eval(), or compute it under torch.no_grad()."
+)
+JOINED = (
+    "with model.join(), a rank that has run out of batches takes no part in what the criterion exchanges between the "
+    "ranks (label statistics, past predictions), and the others would wait for it or fail. Give all "
+    "ranks the same number of batches (DistributedSampler, Accelerate's loaders), or set smoothing='uniform' or 'none' "
+    "for the criterion"
+)
+OTHER_SETTINGS = (
+    "the model has been wrapped again, with other settings than those this criterion was made with: make a new one, "
+    "criterion = sfr.SFRLoss(model)"
+)
+TRANSFORMED = (
+    "the feature term cannot be computed inside a transform of torch.func (grad, vmap, jacrev, ...): the transport is "
+    "solved on the values, which the transform hides. Take loss.backward(), or torch.autograd.grad(loss, ...), which "
+    "also knows create_graph=True; and inside the transform a plain loss, such as F.cross_entropy"
+)
