@@ -18,16 +18,16 @@ import sfr
 def build(make_net, batch):
     """Return a builder of (wrapped model, criterion) with the stages '1', '3', '5'."""
 
-    def build(**options):
-        model = sfr.SFRWrapper(make_net(), example_input=batch[0], **options)
-        return model, sfr.SFRLoss(model)
+    def build(record_in_eval=False, **switches):
+        model = sfr.SFRWrapper(make_net(), example_input=batch[0], record_in_eval=record_in_eval)
+        return model, sfr.SFRLoss(model, **switches)
 
     return build
 
 
 @pytest.mark.parametrize("grouping", ["segments", "mean"])
 def test_the_loss_is_the_label_term_and_the_mean_over_pairs_of_emd_l2(build, batch, grouping):
-    model, criterion = build(weight=0.3, max_grid=2, cost="sqeuclidean", grouping=grouping)
+    model, criterion = build(feature_weight=0.3, max_grid=2, cost="sqeuclidean", grouping=grouping)
     logits = model(batch[0])
     maps = [F.adaptive_avg_pool2d(feature, 2) for feature in model._sfr.recorder.features.values()]
     nodes = [feature.flatten(2).transpose(1, 2) for feature in maps]
@@ -47,7 +47,7 @@ def test_the_loss_is_the_label_term_and_the_mean_over_pairs_of_emd_l2(build, bat
 @pytest.mark.parametrize("marginals", ["uniform", "cross"])
 @pytest.mark.parametrize("cost", ["cosine", "sqeuclidean", "correlation"])
 def test_every_combination_of_options_trains(build, batch, pairs, grouping, marginals, cost):
-    model, criterion = build(pairs=pairs, grouping=grouping, marginals=marginals, cost=cost, weight=1.0)
+    model, criterion = build(pairs=pairs, grouping=grouping, marginals=marginals, cost=cost, feature_weight=1.0)
     criterion(model(batch[0]), batch[1])
     feature_only = criterion.last.feature
     assert feature_only.isfinite()
@@ -67,21 +67,21 @@ def feature_gradients(model, criterion, batch):
 
 
 def test_the_deep_side_is_not_moved_by_the_feature_term(build, batch):
-    gradients = feature_gradients(*build(pairs=[("1", "3")], smoothing="none", weight=1.0), batch)
+    gradients = feature_gradients(*build(pairs=[("1", "3")], smoothing="none", feature_weight=1.0), batch)
     assert gradients["0.weight"] > 1e-4
     assert gradients["2.weight"] < 1e-6
 
 
 def test_the_deep_side_is_moved_if_asked_for(build, batch):
-    options = {"pairs": [("1", "3")], "smoothing": "none", "weight": 1.0, "detach_deep": False}
+    options = {"pairs": [("1", "3")], "smoothing": "none", "feature_weight": 1.0, "detach_deep": False}
     assert feature_gradients(*build(**options), batch)["2.weight"] > 1e-4
 
 
 def test_a_deep_stage_narrower_or_of_odd_width_supervises_too(batch):
     for widths in ((16, 8, 4), (6, 10, 15)):
         layers = [nn.Conv2d(i, o, 3, 2, 1) for i, o in zip((3, *widths), widths, strict=False)]
-        model = sfr.SFRWrapper(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), weight=1.0)
-        criterion = sfr.SFRLoss(model)
+        model = sfr.SFRWrapper(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+        criterion = sfr.SFRLoss(model, feature_weight=1.0)
         criterion(model(batch[0]), batch[1] % widths[-1]).backward()
         assert criterion.last.feature > 0
 
@@ -110,7 +110,7 @@ def test_a_vector_stage_is_one_node(make_net, batch):
 
 
 def test_the_weight_warms_up_linearly(build, batch):
-    model, criterion = build(weight=0.5, warmup=4)
+    model, criterion = build(feature_weight=sfr.Ramp(0, 0.5, steps=4))
     weights = []
     for _ in range(6):
         criterion(model(batch[0]), batch[1])
@@ -119,7 +119,7 @@ def test_the_weight_warms_up_linearly(build, batch):
 
 
 def test_the_parts_of_the_last_loss_add_up_and_hold_no_graph(build, batch):
-    model, criterion = build(weight=0.2)
+    model, criterion = build(feature_weight=0.2)
     with pytest.raises(RuntimeError, match="there was none yet"):
         _ = criterion.last
     loss = criterion(model(batch[0]), batch[1])
@@ -146,9 +146,9 @@ def test_validation_loss_is_plain_cross_entropy_and_changes_nothing(build, batch
 
 
 def test_bfloat16_autocast_gives_a_float32_loss_near_that_of_float32(build, batch):
-    model, criterion = build(weight=1.0)
+    model, criterion = build(feature_weight=1.0)
     expected = criterion(model(batch[0]), batch[1])
-    criterion = sfr.SFRLoss(model)
+    criterion = sfr.SFRLoss(model, feature_weight=1.0)
     with torch.autocast("cpu", torch.bfloat16):
         loss = criterion(model(batch[0]), batch[1])
     assert loss.dtype == torch.float32
@@ -234,9 +234,9 @@ def several_labels():
 
 
 def test_a_loss_of_ones_own_takes_the_place_of_the_label_term(build, batch, several_labels):
-    model, _ = build(weight=0.3)
+    model, _ = build()
     loss_function = nn.BCEWithLogitsLoss(pos_weight=torch.arange(1.0, 11.0))
-    criterion = sfr.SFRLoss(model, label_loss=loss_function)
+    criterion = sfr.SFRLoss(model, feature_weight=0.3, label_loss=loss_function)
     logits = model(batch[0])
     loss = criterion(logits, several_labels)
     label = loss_function(logits, several_labels)
@@ -255,8 +255,8 @@ def test_with_weight_zero_a_loss_of_ones_own_trains_bit_for_bit_as_without(build
         loss_function(model(batch[0]), several_labels).backward()
         return [parameter.grad for parameter in model.parameters()]
 
-    model, _ = build(weight=0)
-    ours = gradients(model, sfr.SFRLoss(model, label_loss=F.binary_cross_entropy_with_logits))
+    model, _ = build()
+    ours = gradients(model, sfr.SFRLoss(model, feature_weight=0, label_loss=F.binary_cross_entropy_with_logits))
     model.zero_grad()
     plain = gradients(model.unwrap(), F.binary_cross_entropy_with_logits)
     assert all(map(torch.equal, ours, plain))
@@ -271,8 +271,8 @@ def test_a_model_may_compute_its_loss_itself(make_net, batch):
         def forward(self, x, y):
             return {"class": F.cross_entropy(self.net(x), y), "entropy": self.net[0].weight.square().sum()}
 
-    model = sfr.SFRWrapper(OwnLoss(), stages=["net.1", "net.3", "net.5"], weight=1.0)
-    criterion = sfr.SFRLoss(model, label_loss=lambda loss, _: loss)
+    model = sfr.SFRWrapper(OwnLoss(), stages=["net.1", "net.3", "net.5"])
+    criterion = sfr.SFRLoss(model, feature_weight=1.0, label_loss=lambda loss, _: loss)
     label = sum(model(*batch).values())
     loss = criterion(label, None)
     torch.testing.assert_close(loss, label + criterion.last.feature)
@@ -353,8 +353,8 @@ def test_a_feature_term_that_trains_nothing_warns_once(make_net, batch, trained,
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nonfinite_features_of_one_image_warn_once_and_spare_the_others(make_net, batch, value):
     net = make_net()
-    model = sfr.SFRWrapper(net, stages=["1", "3", "5"], weight=1.0, smoothing="none")
-    criterion = sfr.SFRLoss(model)
+    model = sfr.SFRWrapper(net, stages=["1", "3", "5"])
+    criterion = sfr.SFRLoss(model, feature_weight=1.0)
     criterion(model(batch[0]), batch[1])
     sound = criterion.last.feature
 
@@ -393,7 +393,7 @@ def test_mixup_and_cutmix_of_torchvision_train_with_their_own_targets(build, bat
 
 
 def test_crops_stacked_in_the_batch_are_that_many_images(build, batch):
-    model, criterion = build(weight=0.5)
+    model, criterion = build(feature_weight=0.5)
     crops, targets = torch.cat([batch[0], batch[0].flip(3)]), batch[1].repeat(2)
     criterion(model(crops), targets)
     stacked = criterion.last.feature
@@ -405,7 +405,7 @@ def test_crops_stacked_in_the_batch_are_that_many_images(build, batch):
 
 
 def test_one_backward_serves_forwards_of_several_crop_sizes(build, batch):
-    model, criterion = build(weight=0.5, smoothing="none")
+    model, criterion = build(feature_weight=0.5, smoothing="none")
     sizes = (16, 12)
     separate = []
     for size in sizes:
@@ -438,9 +438,9 @@ class Segmenter(nn.Module):
         return self.pack(self.head(self.down2(self.down1(images).relu()).relu()))
 
 
-def segmenter(pack=lambda logits: logits, **options):
-    model = sfr.SFRWrapper(Segmenter(pack), stages=["down1", "down2"], **options)
-    return model, sfr.SFRLoss(model)
+def segmenter(pack=lambda logits: logits, **switches):
+    model = sfr.SFRWrapper(Segmenter(pack), stages=["down1", "down2"])
+    return model, sfr.SFRLoss(model, **switches)
 
 
 @pytest.fixture
@@ -454,7 +454,7 @@ def segmentation_batch(batch):
 def test_segmentation_trains_and_leaves_ignored_labels_out(segmentation_batch, smoothing):
     images, labels = segmentation_batch
     alpha = None if smoothing == "none" else 0.2
-    model, criterion = segmenter(weight=0.5, smoothing=smoothing, alpha=alpha, ignore_index=255)
+    model, criterion = segmenter(feature_weight=0.5, smoothing=smoothing, alpha=alpha, ignore_index=255)
     logits = model(images)
     criterion(logits, labels).backward()
     amount = 0.0 if smoothing == "none" else 0.2
@@ -532,7 +532,7 @@ def test_output_without_clear_logits_is_refused(segmentation_batch, pack, messag
 def test_share_of_an_accumulated_batch_is_by_its_labels(segmentation_batch, training):
     images, labels = segmentation_batch
     labels = labels.where(labels != 255, -100)
-    model, criterion = segmenter(weight=0.5, smoothing="none")
+    model, criterion = segmenter(feature_weight=0.5, smoothing="none")
     model.train(training)
     criterion.train(training)
     labelled = (labels != -100).sum()
@@ -571,15 +571,14 @@ def test_numbers_of_samples_by_position_are_an_error_that_says_how(build, batch,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"weight": 0.1}, r"no argument 'weight'; set it where the model is wrapped: SFRWrapper\(model, weight=0.1\)"),
+        ({"weight": 0.1}, "no argument 'weight'; it is called feature_weight"),
         ({"weight": torch.ones(10)}, r"class weights.*label_loss=nn.CrossEntropyLoss\(weight=...\)"),
-        ({"ignore_index": 255}, r"SFRWrapper\(model, ignore_index=255\)"),
-        ({"label_smoothing": 0.1}, r"SFRWrapper\(model, smoothing='uniform', alpha=0.1\)"),
+        ({"label_smoothing": 0.1}, r"SFRLoss\(model, smoothing='uniform', alpha=0.1\)"),
         ({"reduction": "sum"}, r"mean over the batch: multiply it by len\(target\)"),
-        ({"pairs": "last"}, r"SFRWrapper\(model, pairs='last'\)"),
+        ({"layout": "tokens"}, r"set it where the model is wrapped: SFRWrapper\(model, layout='tokens'\)"),
         ({"label_los": None}, "no argument 'label_los'; near names: 'label_loss'"),
-        ({"wieght": 0.1}, "near names: .*'weight'"),
-        ({"qqqq": 1}, "it takes model, label_loss, num_classes"),
+        ({"feature_wieght": 0.1}, "near names: 'feature_weight'"),
+        ({"qqqq": 1}, "it takes feature_weight, pairs, .*, ignore_index, label_loss, num_classes"),
     ],
 )
 def test_an_argument_it_does_not_take_is_an_error_that_says_what_to_use(build, arguments, message):
@@ -596,9 +595,14 @@ def test_a_class_as_the_loss_of_ones_own_is_an_error_that_asks_for_an_instance(b
 
 def test_a_loss_of_ones_own_gets_the_output_of_the_model(batch):
     config = transformers.ResNetConfig(hidden_sizes=[8, 16], depths=[1, 1], embedding_size=8, num_labels=10)
-    model = sfr.SFRWrapper(transformers.ResNetForImageClassification(config), weight=0.5)
+    model = sfr.SFRWrapper(transformers.ResNetForImageClassification(config))
     given = []
-    criterion = sfr.SFRLoss(model, label_loss=lambda output, target: given.append((output, target)) or output.loss)
+
+    def own_loss(output, target):
+        given.append((output, target))
+        return output.loss
+
+    criterion = sfr.SFRLoss(model, feature_weight=0.5, label_loss=own_loss)
     output = model(pixel_values=batch[0], labels=batch[1])
     loss = criterion(output, "whatever")
     assert given == [(output, "whatever")]
@@ -617,8 +621,8 @@ def test_a_loss_of_ones_own_may_take_a_dict_of_losses(make_net, batch):
             logits = self.net(x)
             return {"count": torch.tensor(8.0), "class": F.cross_entropy(logits, y), "size": logits.square().mean()}
 
-    model = sfr.SFRWrapper(Losses(), stages=["net.1", "net.3", "net.5"], weight=1.0)
-    criterion = sfr.SFRLoss(model, label_loss=lambda losses, _: losses["class"] + losses["size"])
+    model = sfr.SFRWrapper(Losses(), stages=["net.1", "net.3", "net.5"])
+    criterion = sfr.SFRLoss(model, feature_weight=1.0, label_loss=lambda losses, _: losses["class"] + losses["size"])
     criterion(model(*batch), None).backward()
     assert criterion.last.feature > 0
     with pytest.raises(TypeError, match="output must hold a floating-point tensor that the model computed; got list"):
@@ -627,7 +631,9 @@ def test_a_loss_of_ones_own_may_take_a_dict_of_losses(make_net, batch):
 
 def test_an_empty_batch_has_no_feature_term_and_the_loss_of_cross_entropy(build, batch):
     for smoothing in ("class_mean", "uniform", "none", "past"):
-        model, criterion = build(smoothing=smoothing, num_samples=8 if smoothing == "past" else None, weight=1.0)
+        model, criterion = build(
+            smoothing=smoothing, num_samples=8 if smoothing == "past" else None, feature_weight=1.0
+        )
         criterion(model(batch[0]), batch[1], index=torch.arange(8))
         model.zero_grad()
         empty = torch.zeros(0, dtype=torch.long)
@@ -652,6 +658,6 @@ def test_masked_classes_train_with_finite_gradients(build, batch, smoothing):
 
 
 def test_a_label_loss_beside_smoothing_is_an_error_that_says_so(make_net):
-    model = sfr.SFRWrapper(make_net(), smoothing="class_mean")
+    model = sfr.SFRWrapper(make_net())
     with pytest.raises(ValueError, match="smoothing='class_mean' has no effect beside label_loss"):
-        sfr.SFRLoss(model, label_loss=F.cross_entropy)
+        sfr.SFRLoss(model, smoothing="class_mean", label_loss=F.cross_entropy)

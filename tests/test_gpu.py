@@ -57,7 +57,7 @@ def test_exact_plans_are_given_back_on_the_device():
 
 
 @pytest.mark.parametrize(
-    "options",
+    "switches",
     [
         {},
         {"marginals": "cross"},
@@ -65,11 +65,11 @@ def test_exact_plans_are_given_back_on_the_device():
         {"smoothing": "past", "num_samples": 1000},
     ],
 )
-def test_a_training_step_never_waits_for_the_device(make_net, batch, options):
+def test_a_training_step_never_waits_for_the_device(make_net, batch, switches):
     images, labels = batch[0].cuda(), batch[1].cuda()
     index = torch.arange(len(images), device="cuda")
-    model = sfr.SFRWrapper(make_net().cuda(), example_input=images, **options)
-    criterion = sfr.SFRLoss(model)
+    model = sfr.SFRWrapper(make_net().cuda(), example_input=images)
+    criterion = sfr.SFRLoss(model, **switches)
 
     def step():
         with torch.autocast("cuda", torch.bfloat16):
@@ -87,8 +87,8 @@ def test_the_loss_of_the_device_is_close_to_that_of_the_cpu(make_net, batch):
     net = make_net()
     losses = []
     for device in ("cpu", "cuda"):
-        model = sfr.SFRWrapper(net.to(device), weight=1.0)
-        criterion = sfr.SFRLoss(model)
+        model = sfr.SFRWrapper(net.to(device))
+        criterion = sfr.SFRLoss(model, feature_weight=1.0)
         losses.append(criterion(model(batch[0].to(device)), batch[1].to(device)).item())
         model.unwrap()
     assert losses[0] == pytest.approx(losses[1], rel=0.005)
@@ -98,17 +98,17 @@ def test_a_model_spread_over_two_devices_gives_the_loss_of_one(make_net, batch):
     net = make_net()
 
     def loss_and_gradient(model, target):
-        loss = sfr.SFRLoss(model)(model(batch[0]), target)
+        loss = sfr.SFRLoss(model, feature_weight=1.0, solver="proximal")(model(batch[0]), target)
         loss.backward()
         return loss.item(), net[0].weight.grad.clone()
 
-    whole = sfr.SFRWrapper(net, stages=["1", "3", "5"], weight=1.0, smoothing="none", solver="proximal")
+    whole = sfr.SFRWrapper(net, stages=["1", "3", "5"])
     expected, gradient = loss_and_gradient(whole, batch[1])
     whole.unwrap().zero_grad()
     for layer in net[2:]:
         layer.cuda()
         layer.register_forward_pre_hook(lambda _, args: (args[0].cuda(),))
-    spread = sfr.SFRWrapper(net, stages=["1", "3", "5"], weight=1.0, smoothing="none", solver="proximal")
+    spread = sfr.SFRWrapper(net, stages=["1", "3", "5"])
     found, moved = loss_and_gradient(spread, batch[1].cuda())
     assert found == pytest.approx(expected, rel=0.005)
     torch.testing.assert_close(moved, gradient, rtol=0.02, atol=1e-4)

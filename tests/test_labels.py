@@ -141,18 +141,16 @@ def test_none_mode_is_cross_entropy_bit_for_bit(soft: bool) -> None:
 
 
 @pytest.mark.parametrize("after", [0, 2])
-def test_a_ramp_of_alpha_moves_it_as_its_end_and_length_do(after: int) -> None:
-    logits, target = batch(6, seed=1)
+def test_a_ramp_of_alpha_moves_it_from_step_to_step(after: int) -> None:
     ramped = DynamicLabelSmoothing(alpha=Ramp(0.1, 0.9, steps=4, after=after))
-    written_out = DynamicLabelSmoothing(alpha=0.1, alpha_end=0.9, alpha_steps=4)
-    for _ in range(after):
-        assert ramped.current_alpha() == 0.1
-        ramped(logits, target)
-        written_out(logits, target)
-    written_out.step = 0
-    for _ in range(6):
-        assert ramped.current_alpha() == written_out.current_alpha()
-        assert torch.equal(ramped(logits, target), written_out(logits, target))
+    alphas = []
+    for step in range(after + 6):
+        logits, target = batch(6, seed=step)
+        alphas.append(ramped.current_alpha())
+        before = ramped.distributions if step else torch.full((CLASSES, CLASSES), 1 / CLASSES)
+        expected = F.cross_entropy(logits, smooth_labels(target, before.clone(), alphas[-1]))
+        torch.testing.assert_close(ramped(logits, target), expected)
+    assert alphas == pytest.approx([0.1] * after + [0.1, 0.3, 0.5, 0.7, 0.9, 0.9])
     assert ramped.current_alpha() == 0.9
 
 
@@ -160,10 +158,6 @@ def test_a_ramp_of_alpha_moves_it_as_its_end_and_length_do(after: int) -> None:
     ("options", "message"),
     [
         ({"alpha": Ramp(0, 2, steps=3)}, r"the end of the ramp must lie in \[0, 1\]; got 2"),
-        (
-            {"alpha": Ramp(0, 0.5, steps=3), "alpha_end": 0.8, "alpha_steps": 4},
-            "alpha_end has no effect beside alpha=Ramp",
-        ),
         ({"mode": "none", "alpha": Ramp(0, 0.5, steps=3)}, "without effect with mode='none', leave out: alpha"),
     ],
 )
@@ -176,10 +170,9 @@ def test_a_ramp_of_alpha_that_cannot_be_is_an_error_that_says_why(options: Any, 
     ("options", "named"),
     [
         ({"mode": "none", "alpha": 0.3}, "alpha (of mode='class_mean' or 'past' or 'uniform')"),
-        ({"mode": "none", "alpha_end": 0.3, "alpha_steps": 5}, "alpha_end, alpha_steps (of mode="),
+        ({"mode": "none", "alpha": Ramp(0, 0.3, steps=5)}, "alpha (of mode="),
         ({"mode": "uniform", "momentum": 0.1}, "momentum (of mode='class_mean')"),
         ({"mode": "past", "num_samples": 4, "update": "epoch"}, "update (of mode='class_mean')"),
-        ({"alpha": 0.1, "alpha_steps": 5}, "alpha_steps (of alpha_end"),
     ],
 )
 def test_options_without_effect_are_errors_that_name_them(options: Any, named: str) -> None:
@@ -199,7 +192,7 @@ def test_default_alpha_of_each_mode(mode: Any, alpha: float) -> None:
 
 @pytest.mark.parametrize(("alpha", "alpha_end"), [(0.0, 0.4), (0.4, 0.0), (0.2, 0.2), (0.0, 1.0)])
 def test_alpha_moves_linearly_to_its_end_and_stays(alpha: float, alpha_end: float) -> None:
-    criterion = DynamicLabelSmoothing("uniform", alpha=alpha, alpha_end=alpha_end, alpha_steps=4)
+    criterion = DynamicLabelSmoothing("uniform", alpha=Ramp(alpha, alpha_end, steps=4))
     logits, target = batch(6, seed=1)
     for step in range(7):
         expected = alpha + (alpha_end - alpha) * min(step, 4) / 4
@@ -215,7 +208,7 @@ def test_alpha_without_an_end_stays() -> None:
 
 
 def test_evaluation_does_not_move_alpha() -> None:
-    criterion = DynamicLabelSmoothing("uniform", alpha=0.0, alpha_end=0.4, alpha_steps=4).eval()
+    criterion = DynamicLabelSmoothing("uniform", alpha=Ramp(0.0, 0.4, steps=4)).eval()
     criterion(*batch(6, seed=1))
     assert criterion.current_alpha() == 0.0
 
@@ -363,7 +356,7 @@ def test_soft_targets_are_left_as_they_are_but_counted_unless_alpha_is_given(upd
 
 def test_a_moving_alpha_smooths_soft_targets() -> None:
     logits, target = batch(6, seed=1)[0], targets(soft=True)
-    loss = DynamicLabelSmoothing(alpha_end=0.0, alpha_steps=10)(logits, target)
+    loss = DynamicLabelSmoothing(alpha=Ramp(0.5, 0.0, steps=10))(logits, target)
     torch.testing.assert_close(loss, F.cross_entropy(logits, target, label_smoothing=0.5))
 
 
@@ -456,7 +449,7 @@ def test_evaluation_updates_nothing(update: Any) -> None:
 
 
 def build(update: Any) -> DynamicLabelSmoothing:
-    return DynamicLabelSmoothing(alpha=0.2, alpha_end=0.6, alpha_steps=8, momentum=0.2, update=update)
+    return DynamicLabelSmoothing(alpha=Ramp(0.2, 0.6, steps=8), momentum=0.2, update=update)
 
 
 def train(criterion: DynamicLabelSmoothing, steps: range) -> list[Tensor]:
@@ -598,9 +591,6 @@ def test_refused_target_does_not_count_as_a_step(mode: Any) -> None:
         ("alpha", -0.1),
         ("alpha", 1.1),
         ("alpha", float("nan")),
-        ("alpha_end", -0.1),
-        ("alpha_end", 2),
-        ("alpha_steps", 0),
         ("momentum", 0.0),
         ("momentum", 1.5),
     ],
@@ -610,7 +600,7 @@ def test_option_out_of_range_is_refused_and_named(argument: str, value: Any) -> 
         DynamicLabelSmoothing(**{argument: value})
 
 
-@pytest.mark.parametrize(("argument", "value"), [("alpha", "half"), ("alpha_steps", 2.5), ("momentum", None)])
+@pytest.mark.parametrize(("argument", "value"), [("alpha", "half"), ("momentum", None)])
 def test_option_of_a_wrong_type_is_refused_and_named(argument: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"{argument} must be .*{value!r}"):
         DynamicLabelSmoothing(**{argument: value})
@@ -631,9 +621,17 @@ def test_state_of_another_number_of_classes_is_refused_at_the_next_step() -> Non
         other(*batch(6, seed=1, classes=7))
 
 
-def test_end_epoch_is_refused_where_the_means_move_by_themselves() -> None:
-    with pytest.raises(RuntimeError, match="update='epoch'"):
-        DynamicLabelSmoothing(update="running").end_epoch()
+@pytest.mark.parametrize("mode", ["class_mean", "past", "uniform", "none"])
+def test_end_epoch_changes_nothing_where_nothing_is_collected_over_an_epoch(mode: Any) -> None:
+    criterion, other = (of_mode(mode) for _ in range(2))
+    for step in range(3):
+        values = (*batch(6, seed=step), torch.arange(6))
+        assert torch.equal(criterion(*values), other(*values))
+        criterion.end_epoch()
+        criterion.end_epoch()
+    state = criterion.state_dict()
+    assert state.keys() == other.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
 
 
 def test_end_epoch_before_any_step_changes_nothing() -> None:
@@ -805,7 +803,7 @@ def test_logits_with_the_classes_last_are_refused_with_the_way_out() -> None:
 def test_rows_seen_give_the_statistics_of_all_rows(monkeypatch: Any, update: Any, kind: str) -> None:
     runs = {}
     for limit in (0, 128):
-        monkeypatch.setattr("sfr.labels.smoothing.ALL_ROWS_ON_CPU_UP_TO", limit)
+        monkeypatch.setattr("sfr.labels.class_means.ALL_ROWS_ON_CPU_UP_TO", limit)
         criterion = DynamicLabelSmoothing(update=update, momentum=0.3, ignore_index=IGNORED)
         for step in range(6):
             logits, target = maps(step) if kind == "segmentation" else batch(3, step)
@@ -820,7 +818,7 @@ def test_rows_seen_give_the_statistics_of_all_rows(monkeypatch: Any, update: Any
 
 def of_one_rank(rank: int, folder: str) -> None:
     """Train on an uneven share of the batches, with the rows seen and then with all rows; note what is exchanged."""
-    import sfr.labels.smoothing
+    import sfr.labels.class_means
 
     torch.set_num_threads(1)
     store, patience = f"file://{folder}/store", timedelta(seconds=60)
@@ -833,7 +831,7 @@ def of_one_rank(rank: int, folder: str) -> None:
     dist.all_reduce = noted
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
     for limit in (0, 128):
-        sfr.labels.smoothing.ALL_ROWS_ON_CPU_UP_TO = limit
+        sfr.labels.class_means.ALL_ROWS_ON_CPU_UP_TO = limit
         criterion = DynamicLabelSmoothing(momentum=0.3)
         for step in range(4):
             logits, target = batch(8, step)
@@ -868,11 +866,6 @@ def test_running_means_hold_no_sums_of_an_epoch() -> None:
 
 
 # What cannot be right is an error.
-
-
-def test_alpha_that_moves_without_the_length_of_its_way_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"alpha_end=0.8 needs alpha_steps"):
-        DynamicLabelSmoothing(alpha=0.0, alpha_end=0.8)
 
 
 @pytest.mark.parametrize(
@@ -1056,7 +1049,8 @@ def test_where_nothing_is_masked_looking_or_not_gives_the_same_loss(monkeypatch:
         logits, target = batch(6, step)
         losses = [looking(logits, target, torch.arange(6))]
         with monkeypatch.context() as patch:
-            patch.setattr("sfr.labels.smoothing._may_hold_infinity", lambda _: True)
+            for module in ("smoothing", "cross_entropy"):
+                patch.setattr(f"sfr.labels.{module}.may_hold_infinity", lambda _: True)
             losses.append(allowing(logits, target, torch.arange(6)))
         if mode == "uniform":
             torch.testing.assert_close(*losses)
@@ -1097,9 +1091,9 @@ def test_an_empty_batch_of_soft_targets_is_nan_as_in_cross_entropy(mode: Any) ->
 
 
 def test_numbers_of_numpy_are_taken() -> None:
-    options = {"alpha": np.float32(0.25), "alpha_end": np.float64(0.5), "alpha_steps": np.int64(4)}
-    ours = DynamicLabelSmoothing(**options, momentum=np.float16(0.5), ignore_index=np.int32(255))  # type: ignore[arg-type]
-    expected = DynamicLabelSmoothing(alpha=0.25, alpha_end=0.5, alpha_steps=4, momentum=0.5, ignore_index=255)
+    moving = Ramp(np.float32(0.25), np.float64(0.5), steps=np.int64(4))  # type: ignore[arg-type]
+    ours = DynamicLabelSmoothing(alpha=moving, momentum=np.float16(0.5), ignore_index=np.int32(255))  # type: ignore[arg-type]
+    expected = DynamicLabelSmoothing(alpha=Ramp(0.25, 0.5, steps=4), momentum=0.5, ignore_index=255)
     for step in range(3):
         assert torch.equal(ours(*batch(6, step)), expected(*batch(6, step)))
     assert type(ours.current_alpha()) is float

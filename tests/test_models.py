@@ -290,8 +290,8 @@ def check(model, stages, views):
 def test_any_model_trains_without_an_argument(kind):
     build, make_input, stages, views = MODELS[kind]
     plain, x, target = build(), make_input(), torch.tensor([1, 2])
-    model = sfr.SFRWrapper(plain, weight=1.0, smoothing="none")
-    criterion = sfr.SFRLoss(model)
+    model = sfr.SFRWrapper(plain)
+    criterion = sfr.SFRLoss(model, feature_weight=1.0, smoothing="none")
     logits = logits_of(model(x))
     loss = criterion(logits, target)
     check(model, stages, views)

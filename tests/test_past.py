@@ -199,8 +199,9 @@ def test_the_wrapper_s_criterion_takes_numbers_from_a_data_loader() -> None:
     data = TensorDataset(torch.randn(SAMPLES, 3, 16, 16), torch.arange(SAMPLES) % CLASSES)
     features = nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.AdaptiveAvgPool2d(1)
     net = nn.Sequential(*features, nn.Flatten(), nn.Linear(16, CLASSES))
-    model = sfr.SFRWrapper(net, smoothing="past", num_samples=len(data), weight=0)
-    criterion, by_hand = sfr.SFRLoss(model), ByHand()
+    model = sfr.SFRWrapper(net)
+    criterion = sfr.SFRLoss(model, smoothing="past", num_samples=len(data), feature_weight=0)
+    by_hand = ByHand()
     for _ in range(2):
         for (images, labels), index in DataLoader(StackDataset(data, range(len(data))), batch_size=5, shuffle=True):
             logits = model(images)

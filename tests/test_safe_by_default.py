@@ -174,8 +174,8 @@ def test_the_scale_of_the_activations_changes_no_loss(make_net, batch, factor):
 @pytest.mark.parametrize("cost", ["cosine", "sqeuclidean", "correlation"])
 @pytest.mark.parametrize("size", [1e19, 1e30])
 def test_finite_features_of_any_size_give_a_finite_loss_and_gradient(make_net, batch, cost, size):
-    model = sfr.SFRWrapper(make_net(), stages=["1", "3", "5"], cost=cost)
-    criterion = sfr.SFRLoss(model)
+    model = sfr.SFRWrapper(make_net(), stages=["1", "3", "5"])
+    criterion = sfr.SFRLoss(model, cost=cost)
     logits = model(batch[0])
     # The gradient of the huge features themselves is let go of, so that only the term is looked at.
     huge = model._sfr.recorder.features["1"].detach().bfloat16() * size
@@ -199,20 +199,15 @@ def test_finite_features_of_any_size_give_a_finite_loss_and_gradient(make_net, b
     ids=["up", "down", "cut off"],
 )
 def test_the_weight_follows_its_ramp_also_after_a_resume(make_net, batch, ramp, expected):
-    model = sfr.SFRWrapper(make_net(), weight=ramp)
-    criterion, weights = sfr.SFRLoss(model), []
+    model = sfr.SFRWrapper(make_net())
+    criterion, weights = sfr.SFRLoss(model, feature_weight=ramp), []
     for step in range(6):
         if step == 2:
-            state, criterion = criterion.state_dict(), sfr.SFRLoss(model)
+            state, criterion = criterion.state_dict(), sfr.SFRLoss(model, feature_weight=ramp)
             criterion.load_state_dict(state)
         criterion(model(batch[0]), batch[1]).backward()
         weights.append(criterion.last.weight)
     assert weights == pytest.approx(expected)
-
-
-def test_a_warm_up_beside_a_ramp_is_an_error(make_net):
-    with pytest.raises(ValueError, match="warmup has no effect beside weight=Ramp"):
-        sfr.SFRWrapper(make_net(), weight=sfr.Ramp(0, 1, 10), warmup=5)
 
 
 @pytest.mark.parametrize(
@@ -230,8 +225,8 @@ def test_a_ramp_that_cannot_be_is_an_error(arguments, message):
 
 
 def test_the_last_loss_tells_the_share_and_the_similarity_of_every_pair(make_net, batch):
-    model = sfr.SFRWrapper(make_net(), weight=0.5)
-    criterion = sfr.SFRLoss(model)
+    model = sfr.SFRWrapper(make_net())
+    criterion = sfr.SFRLoss(model, feature_weight=0.5)
     loss = criterion(model(batch[0]), batch[1])
     last = criterion.last
     torch.testing.assert_close(last.share, 0.5 * last.feature / loss.detach())
@@ -248,37 +243,37 @@ def test_equal_sides_have_a_similarity_of_one(batch, cost):
     net = nn.Sequential(
         nn.Conv2d(3, 8, 1), nn.Identity(), nn.Sequential(nn.Identity()), nn.Flatten(), nn.Linear(2048, 10)
     )
-    model = sfr.SFRWrapper(net, stages=["0", "2"], cost=cost)
-    criterion = sfr.SFRLoss(model)
+    model = sfr.SFRWrapper(net, stages=["0", "2"])
+    criterion = sfr.SFRLoss(model, cost=cost)
     criterion(model(batch[0]), batch[1])
     assert float(criterion.last.similarity["0 <- 2"]) == pytest.approx(1.0, abs=1e-5)
 
 
-def losses(model, batch, steps, weight_after=None):
+def warnings_of(criterion, batch, steps):
     """Run the criterion for some steps without an optimizer; return the warnings."""
-    criterion = sfr.SFRLoss(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(steps):
-            criterion(model(batch[0]), batch[1])
+            criterion(criterion.model(batch[0]), batch[1])
     return [str(warning.message) for warning in caught]
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(49, 0), (50, 1), (120, 1)])
 def test_a_feature_term_above_a_third_of_the_loss_for_fifty_steps_warns_once(make_net, batch, steps, expected):
-    found = losses(sfr.SFRWrapper(make_net(), weight=100.0), batch, steps)
+    found = warnings_of(sfr.SFRLoss(sfr.SFRWrapper(make_net()), feature_weight=100.0), batch, steps)
     assert len(found) == expected
     assert all("more than a third of the loss for 50 steps" in message for message in found)
 
 
 def test_a_third_of_the_loss_with_pauses_does_not_warn(make_net, batch):
-    model = sfr.SFRWrapper(make_net(), weight=sfr.Ramp(100.0, 0, 1, after=40))
-    assert losses(model, batch, 120) == []
+    criterion = sfr.SFRLoss(sfr.SFRWrapper(make_net()), feature_weight=sfr.Ramp(100.0, 0, 1, after=40))
+    assert warnings_of(criterion, batch, 120) == []
 
 
 def test_fitted_labels_are_no_reason_to_warn(make_net, batch):
-    model = sfr.SFRWrapper(make_net(), weight=0.2)
-    criterion = sfr.SFRLoss(model, label_loss=lambda output, scale: scale * output.square().mean() * 0 + scale)
+    model = sfr.SFRWrapper(make_net())
+    fitted = lambda output, scale: scale * output.square().mean() * 0 + scale  # noqa: E731
+    criterion = sfr.SFRLoss(model, feature_weight=0.2, label_loss=fitted)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for step in range(80):

@@ -10,6 +10,7 @@ import sfr
 from sfr.feature.pairs import resolve_pairs
 from sfr.model.discovery import STAGES_IN_DEPTH, assumed_view
 from sfr.model.formats import View
+from sfr.model.settings import StageSettings
 from sfr.model.stages import infer_layout
 
 TORCHVISION_STAGES = {
@@ -175,9 +176,9 @@ def test_a_stage_without_layers_has_the_layout_of_the_layer_before_it():
     assert infer_layout(nn.ReLU(), feature, nn.Linear(3, 16)) == "tokens"
 
 
-def train(model, x):
+def train(model, x, **switches):
     """Return the loss of one step of a model of ten classes, and its criterion."""
-    criterion = sfr.SFRLoss(model)
+    criterion = sfr.SFRLoss(model, **switches)
     loss = criterion(model(x), torch.arange(len(x)) % 10)
     loss.backward()
     return loss, criterion
@@ -264,8 +265,8 @@ def test_a_stage_that_later_layers_change_in_place_is_recorded_as_changed(batch)
         torch.manual_seed(0)
         body = nn.Conv2d(3, 8, 3), nn.ReLU(inplace), nn.Conv2d(8, 8, 3, 2), nn.ReLU(inplace)
         # Out of place, the stage with the same values is the activation.
-        model = sfr.SFRWrapper(Classifier(*body), stages=[f"body.{0 if inplace else 1}", "body.3"], weight=1.0)
-        loss, _ = train(model, batch[0])
+        model = sfr.SFRWrapper(Classifier(*body), stages=[f"body.{0 if inplace else 1}", "body.3"])
+        loss, _ = train(model, batch[0], feature_weight=1.0)
         results.append((loss, [parameter.grad for parameter in model.parameters()]))
     (changed, gradients), (expected, expected_gradients) = results
     torch.testing.assert_close(changed, expected)
@@ -429,11 +430,11 @@ def test_named_stages_lose_their_prefix_tokens_too():
 
 
 def test_the_view_of_a_forward_that_nobody_watched_is_inferred_or_an_error_that_says_what_to_state():
-    assert assumed_view(nn.Conv2d(3, 8, 1), torch.zeros(2, 8, 4, 4), sfr.SFRConfig()) == View("channels_first")
+    assert assumed_view(nn.Conv2d(3, 8, 1), torch.zeros(2, 8, 4, 4), StageSettings()) == View("channels_first")
     tokens = nn.Linear(3, 8), torch.zeros(2, 5, 8)
-    assert assumed_view(*tokens, sfr.SFRConfig(prefix_tokens=1)) == View("tokens", 1)
+    assert assumed_view(*tokens, StageSettings(prefix_tokens=1)) == View("tokens", 1)
     with pytest.raises(ValueError, match=r"example_input=.*prefix_tokens="):
-        assumed_view(*tokens, sfr.SFRConfig())
+        assumed_view(*tokens, StageSettings())
 
 
 class Attention(nn.Module):
@@ -505,7 +506,7 @@ def test_tokens_with_the_batch_second_are_read_as_those_with_the_batch_first(blo
     swapped = {name: feature.transpose(0, 1) for name, feature in features.items()}
     criterion = sfr.SFRLoss(model)
     terms = criterion.terms_of(features)
-    criterion._views = {name: View("tokens", 1, (4, 4)) for name in features}
+    criterion.maps._views = {name: View("tokens", 1, (4, 4)) for name in features}
     assert [term.value for term in criterion.terms_of(swapped).values()] == [term.value for term in terms.values()]
 
 

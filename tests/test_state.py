@@ -16,7 +16,7 @@ from sfr.labels import DynamicLabelSmoothing
 
 CLASSES = 10
 MODES: dict[str, dict[str, Any]] = {
-    "running": {"smoothing": "class_mean", "warmup": 6},
+    "running": {"smoothing": "class_mean", "feature_weight": sfr.Ramp(0, 0.25, steps=6)},
     "epoch": {"smoothing": "class_mean", "update": "epoch"},
     "past": {"smoothing": "past", "num_samples": 8},
     "uniform": {"smoothing": "uniform", "alpha": 0.3},
@@ -27,10 +27,10 @@ every_mode = pytest.mark.parametrize("options", MODES.values(), ids=MODES)
 
 @pytest.fixture
 def new_run(make_net):
-    def build(options):
+    def build(switches):
         torch.manual_seed(1)
-        model = sfr.SFRWrapper(make_net(CLASSES), **options)
-        return model, sfr.SFRLoss(model)
+        model = sfr.SFRWrapper(make_net(CLASSES))
+        return model, sfr.SFRLoss(model, **switches)
 
     return build
 
@@ -160,7 +160,7 @@ def test_the_number_of_classes_that_is_stated_is_checked(new_run, batch):
         DynamicLabelSmoothing(num_classes=0)
     model, _ = new_run(MODES["running"])
     with pytest.raises(ValueError, match="num_classes=7, and the logits have 10"):
-        sfr.SFRLoss(model, num_classes=7)(model(batch[0]), batch[1])
+        sfr.SFRLoss(model, num_classes=7, **MODES["running"])(model(batch[0]), batch[1])
 
 
 def test_a_last_layer_that_is_not_of_the_classes_harms_nothing(batch):
@@ -169,11 +169,11 @@ def test_a_last_layer_that_is_not_of_the_classes_harms_nothing(batch):
     net.append(nn.Sequential(nn.Linear(16, 10))).append(nn.Identity())
     net[-2].forward = lambda x, inner=net[-2][0]: inner(x)
     net[-2].append(head)  # registered last, and unused
-    model = sfr.SFRWrapper(net, stages=["0", "2"], smoothing="class_mean")
-    criterion = sfr.SFRLoss(model)
+    model = sfr.SFRWrapper(net, stages=["0", "2"])
+    criterion = sfr.SFRLoss(model, smoothing="class_mean")
     criterion.load_state_dict(criterion.state_dict())
     criterion(model(batch[0]), batch[1])
-    other = sfr.SFRLoss(model)
+    other = sfr.SFRLoss(model, smoothing="class_mean")
     other.load_state_dict(criterion.state_dict())
     assert len(other.labels.distributions) == 10
 

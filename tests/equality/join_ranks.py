@@ -21,8 +21,8 @@ def of_one_rank(rank: int, folder: str, options: dict[str, object]) -> None:
     torch.set_num_threads(1)
     store, patience = f"file://{folder}/store", timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
-    model = sfr.SFRWrapper(group_norm_net(4), **options)
-    parallel, criterion = DistributedDataParallel(model), sfr.SFRLoss(model)
+    model = sfr.SFRWrapper(group_norm_net(4))
+    parallel, criterion = DistributedDataParallel(model), sfr.SFRLoss(model, **options)
     batches = torch.randn(2 + rank, 4, 3, 12, 12)
     try:
         with parallel.join():

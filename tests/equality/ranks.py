@@ -46,8 +46,9 @@ def sharded(model: nn.Module):
 
 
 def train(kind: str, rank: int, ranks: int) -> dict[str, object]:
-    wrapped = sfr.SFRWrapper(group_norm_net(CLASSES), weight=0.5, warmup=3, smoothing="class_mean", momentum=0.05)
-    criterion = sfr.SFRLoss(wrapped)
+    wrapped = sfr.SFRWrapper(group_norm_net(CLASSES))
+    rising = sfr.Ramp(0, 0.5, steps=3)
+    criterion = sfr.SFRLoss(wrapped, feature_weight=rising, smoothing="class_mean", momentum=0.05)
     if kind == "fsdp2":
         model, optimizer, backward, small_step = sharded(wrapped)
     else:

@@ -11,9 +11,9 @@ RUNNING_MEANS = (
 )
 
 
-def gradients(model, images, labels, parts):
+def gradients(model, images, labels, parts, switches):
     model.zero_grad()
-    criterion = sfr.SFRLoss(model)
+    criterion = sfr.SFRLoss(model, feature_weight=0.5, **switches)
     for x, y in zip(images.chunk(parts), labels.chunk(parts), strict=True):
         (criterion(model(x), y) / parts).backward()
     return [parameter.grad.clone() for parameter in model.parameters()]
@@ -21,7 +21,7 @@ def gradients(model, images, labels, parts):
 
 @pytest.mark.parametrize("parts", [2, 8])
 @pytest.mark.parametrize(
-    "options",
+    "switches",
     [
         pytest.param({"smoothing": "none"}, id="hard labels"),
         pytest.param({"smoothing": "uniform", "alpha": 0.2}, id="uniform"),
@@ -33,10 +33,10 @@ def gradients(model, images, labels, parts):
         ),
     ],
 )
-def test_accumulated_parts_give_the_gradient_of_the_whole(make_net, batch, assert_equal, options, parts):
+def test_accumulated_parts_give_the_gradient_of_the_whole(make_net, batch, assert_equal, switches, parts):
     images, labels = batch[0], torch.zeros(8, dtype=torch.long)
-    model = sfr.SFRWrapper(make_net(), example_input=images, weight=0.5, **options)
+    model = sfr.SFRWrapper(make_net(), example_input=images)
     with torch.no_grad():
         list(model.parameters())[-1][0] += 5.0  # class 0 is predicted, so that its mean moves
-    whole = gradients(model, images, labels, parts=1)
-    assert_equal(gradients(model, images, labels, parts), whole, rtol=1e-4, atol=1e-6)
+    whole = gradients(model, images, labels, 1, switches)
+    assert_equal(gradients(model, images, labels, parts, switches), whole, rtol=1e-4, atol=1e-6)

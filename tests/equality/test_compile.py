@@ -28,8 +28,8 @@ def train(model, criterion, parameters, batch):
 @pytest.fixture
 def expected(make_net, batch):
     torch._dynamo.reset()
-    model = sfr.SFRWrapper(make_net(), weight=1.0)
-    criterion = sfr.SFRLoss(model)
+    model = sfr.SFRWrapper(make_net())
+    criterion = sfr.SFRLoss(model, feature_weight=1.0)
     values = train(model, criterion, model.parameters(), batch)
     assert criterion.last.feature > 0
     return values, criterion.last.feature
@@ -38,7 +38,7 @@ def expected(make_net, batch):
 @pytest.mark.parametrize("fullgraph", [False, True], ids=["default", "fullgraph"])
 @pytest.mark.parametrize("way", ["wrapped, then compiled", "compiled, then wrapped", "in place"])
 def test_a_compiled_model_trains_as_the_eager_one(make_net, batch, assert_equal, expected, way, fullgraph):
-    options = {"example_input": batch[0], "weight": 1.0}
+    options = {"example_input": batch[0]}
     if way == "compiled, then wrapped":
         model = wrapped = sfr.SFRWrapper(torch.compile(make_net(), fullgraph=fullgraph, **COMPILE), **options)
     elif way == "wrapped, then compiled":
@@ -47,21 +47,21 @@ def test_a_compiled_model_trains_as_the_eager_one(make_net, batch, assert_equal,
     else:
         model = wrapped = sfr.SFRWrapper(make_net(), **options)
         model.compile(fullgraph=fullgraph, **COMPILE)
-    criterion = sfr.SFRLoss(model)
+    criterion = sfr.SFRLoss(model, feature_weight=1.0)
     values = train(model, criterion, wrapped.parameters(), batch)
     assert_equal((values, criterion.last.feature), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_compiled_criterion_gives_the_loss_of_the_eager_one(make_net, batch, assert_equal, expected):
-    model = sfr.SFRWrapper(make_net(), weight=1.0)
-    criterion = sfr.SFRLoss(model)
+    model = sfr.SFRWrapper(make_net())
+    criterion = sfr.SFRLoss(model, feature_weight=1.0)
     values = train(torch.compile(model, **COMPILE), torch.compile(criterion, **COMPILE), model.parameters(), batch)
     assert_equal((values, criterion.last.feature), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_compiled_step_gives_the_loss_of_the_eager_one(make_net, batch, assert_equal, expected):
-    model = sfr.SFRWrapper(make_net(), weight=1.0)
-    criterion = sfr.SFRLoss(model)
+    model = sfr.SFRWrapper(make_net())
+    criterion = sfr.SFRLoss(model, feature_weight=1.0)
     loss_of = torch.compile(lambda logits, labels: criterion(model(logits), labels), **COMPILE)
     values = train(lambda images: images, loss_of, model.parameters(), batch)
     assert_equal((values, criterion.last.feature), expected, rtol=1e-5, atol=1e-6)

@@ -7,8 +7,8 @@ import sfr
 
 
 def run(net, images, labels, autocast=False):
-    model = sfr.SFRWrapper(net, weight=1.0)
-    criterion = sfr.SFRLoss(model)
+    model = sfr.SFRWrapper(net)
+    criterion = sfr.SFRLoss(model, feature_weight=1.0)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = criterion(model(images), labels)
     loss.backward()

@@ -34,11 +34,14 @@ def batch_norm_and_dropout():
 @pytest.mark.parametrize("kind", ["group norm", "batch norm and dropout"])
 def test_weight_zero_and_hard_labels_are_vanilla(make_net, batch, assert_equal, kind):
     net = make_net() if kind == "group norm" else batch_norm_and_dropout()
-    model = sfr.SFRWrapper(copy.deepcopy(net), weight=0, smoothing="none")
-    assert_equal(train(model, sfr.SFRLoss(model), *batch), train(net, F.cross_entropy, *batch))
+    model = sfr.SFRWrapper(copy.deepcopy(net))
+    assert_equal(
+        train(model, sfr.SFRLoss(model, feature_weight=0, smoothing="none"), *batch),
+        train(net, F.cross_entropy, *batch),
+    )
 
 
 def test_a_positive_weight_is_not_vanilla(make_net, batch):
-    model = sfr.SFRWrapper(make_net(), weight=0.1, smoothing="none")
-    losses, _ = train(model, sfr.SFRLoss(model), *batch)
+    model = sfr.SFRWrapper(make_net())
+    losses, _ = train(model, sfr.SFRLoss(model, feature_weight=0.1, smoothing="none"), *batch)
     assert losses != train(make_net(), F.cross_entropy, *batch)[0]

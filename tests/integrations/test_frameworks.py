@@ -16,6 +16,7 @@ import sfr
 from sfr.integrations.lightning import SFRCallback as LightningCallback
 from sfr.integrations.transformers import SFRCallback as TrainerCallback
 
+SWITCHES = {"smoothing": "class_mean", "feature_weight": sfr.Ramp(0, 0.25, steps=10)}
 PARTS = {"sfr/label", "sfr/feature", "sfr/share", "sfr/weight"}
 
 
@@ -54,8 +55,8 @@ class Tracker(transformers.TrainerCallback):
 
 
 def trainer_run(folder, steps=6, resume=None, resume_from=None, first=True):
-    model = sfr.SFRWrapper(resnet(), smoothing="class_mean", warmup=10)
-    criterion, tracker = sfr.SFRLoss(model), Tracker()
+    model = sfr.SFRWrapper(resnet())
+    criterion, tracker = sfr.SFRLoss(model, **SWITCHES), Tracker()
     rows = [{"pixel_values": image, "labels": k % 10} for k, image in enumerate(torch.randn(32, 3, 16, 16))]
     args = transformers.TrainingArguments(
         str(folder), max_steps=steps, save_steps=3, logging_steps=2, report_to="none", use_cpu=True, disable_tqdm=True
@@ -111,8 +112,8 @@ def test_a_checkpoint_without_the_criterion_is_a_warning(tmp_path):
 class Module(lightning.LightningModule):
     def __init__(self, net, outside):
         super().__init__()
-        self.model = sfr.SFRWrapper(net, smoothing="class_mean", warmup=10)
-        criterion = sfr.SFRLoss(self.model)
+        self.model = sfr.SFRWrapper(net)
+        criterion = sfr.SFRLoss(self.model, **SWITCHES)
         if outside:  # of a function or the like: no submodule
             self.get_criterion = lambda: criterion
         else:
@@ -193,7 +194,8 @@ def test_timm_resumes_the_criterion_bit_for_bit_through_its_own_checkpoint(tmp_p
     def build():
         torch.manual_seed(0)
         net = timm.create_model("resnet10t", num_classes=10)
-        task = SFRTask(sfr.SFRWrapper(net, smoothing="class_mean", warmup=10), verbose=False)
+        model = sfr.SFRWrapper(net)
+        task = SFRTask(model, sfr.SFRLoss(model, **SWITCHES), verbose=False)
         task.setup_ema(decay=0.9)
         return task, torch.optim.SGD(task.parameters(), lr=0.1, momentum=0.9)
 

@@ -56,10 +56,10 @@ def loss_and_gradients(net, batch, reentrant, stages):
     """Return them for two steps, of which the first may discover the stages."""
     net = copy.deepcopy(net)
     net.reentrant = reentrant
-    model = sfr.SFRWrapper(net, stages=stages, detach_deep=False, weight=1.0)
+    model = sfr.SFRWrapper(net, stages=stages)
     values = []
     for _ in range(2):
-        criterion = sfr.SFRLoss(model)
+        criterion = sfr.SFRLoss(model, detach_deep=False, feature_weight=1.0)
         loss = criterion(model(batch[0]), batch[1])
         loss.backward()
         assert criterion.last.feature > 0
@@ -125,9 +125,9 @@ def test_checkpointing_compiled_by_default_breaks_the_graph_and_trains(net, batc
     torch._dynamo.reset()
     expected = loss_and_gradients(net, batch, None, INSIDE)
     net.reentrant = False
-    model = sfr.SFRWrapper(net, stages=INSIDE, detach_deep=False, weight=1.0)
+    model = sfr.SFRWrapper(net, stages=INSIDE)
     compiled = torch.compile(model, backend="eager")
-    sfr.SFRLoss(model)(compiled(batch[0]), batch[1]).backward()
+    sfr.SFRLoss(model, detach_deep=False, feature_weight=1.0)(compiled(batch[0]), batch[1]).backward()
     actual = [parameter.grad for parameter in model.parameters()]
     torch.testing.assert_close(actual, expected[1 : 1 + len(actual)])
 

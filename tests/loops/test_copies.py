@@ -27,14 +27,18 @@ class Scaled(nn.Module):
 
 @pytest.fixture
 def model(make_net, batch):
-    return sfr.SFRWrapper(Scaled(make_net()), example_input=batch[0], weight=1.0)
+    return sfr.SFRWrapper(Scaled(make_net()), example_input=batch[0])
+
+
+def criterion_of(model, **switches):
+    return sfr.SFRLoss(model, **{"feature_weight": 1.0, **switches})
 
 
 class Run:
     """A model with its criterion and optimizer, trained on batches of a seed."""
 
     def __init__(self, model, criterion=None):
-        self.model, self.criterion = model, criterion or sfr.SFRLoss(model)
+        self.model, self.criterion = model, criterion or criterion_of(model)
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
     def train(self, seed, steps=2):
@@ -71,7 +75,7 @@ COPIES = [copy.deepcopy, through_pickle, through_a_file]
 @pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize("discovered", [True, False], ids=["after discovery", "before discovery"])
 def test_a_copy_made_while_training_goes_on_as_the_original_would_have(make_net, copied, discovered):
-    run = Run(sfr.SFRWrapper(make_net(), weight=1.0))
+    run = Run(sfr.SFRWrapper(make_net()))
     if discovered:
         run.train(seed=0)
     twin = copied(run)
@@ -84,9 +88,9 @@ def test_a_copy_made_while_training_goes_on_as_the_original_would_have(make_net,
 
 @pytest.mark.parametrize("copied", COPIES)
 def test_a_copy_and_its_original_train_in_turns_without_touching_each_other(make_net, copied):
-    expected = Run(sfr.SFRWrapper(make_net(), weight=1.0))
+    expected = Run(sfr.SFRWrapper(make_net()))
     torch.manual_seed(0)
-    run = Run(sfr.SFRWrapper(make_net(), weight=1.0))
+    run = Run(sfr.SFRWrapper(make_net()))
     run.model.load_state_dict(expected.model.state_dict())
     losses = [expected.train(seed) for seed in range(3)]
     twin = copied(run)
@@ -99,24 +103,24 @@ def test_a_copy_between_forward_and_loss_takes_no_features(model, batch):
     logits = model(batch[0])
     twin = copy.deepcopy(model)
     with pytest.raises(RuntimeError, match="no features are recorded"):
-        sfr.SFRLoss(twin)(logits, batch[1])
-    sfr.SFRLoss(model)(logits, batch[1]).backward()
+        criterion_of(twin)(logits, batch[1])
+    criterion_of(model)(logits, batch[1]).backward()
 
 
 def test_features_of_a_copy_do_not_serve_the_original(model, batch):
     twin = copy.deepcopy(model)
     logits = twin(batch[0])
     with pytest.raises(RuntimeError, match="no features are recorded"):
-        sfr.SFRLoss(model)(logits, batch[1])
+        criterion_of(model)(logits, batch[1])
 
 
 @pytest.mark.parametrize("average", ["SWA", "EMA"])
 def test_the_average_of_a_wrapped_model_is_that_of_the_plain_one(make_net, batch, average):
     options = {"multi_avg_fn": get_ema_multi_avg_fn(0.9)} if average == "EMA" else {}
     plain = make_net()
-    wrapped = sfr.SFRWrapper(copy.deepcopy(plain), weight=0, smoothing="none")
+    wrapped = sfr.SFRWrapper(copy.deepcopy(plain))
     averages = []
-    for model, criterion in ((plain, F.cross_entropy), (wrapped, sfr.SFRLoss(wrapped))):
+    for model, criterion in ((plain, F.cross_entropy), (wrapped, criterion_of(wrapped, feature_weight=0))):
         averaged = AveragedModel(model, **options)
         run = Run(model, criterion)
         for seed in range(3):
@@ -143,7 +147,7 @@ def test_an_average_evaluates_and_updates_its_statistics_without_recording(batch
 
 def test_an_average_can_be_trained_itself(model, batch):
     averaged = AveragedModel(model)
-    criterion = sfr.SFRLoss(averaged)
+    criterion = criterion_of(averaged)
     criterion(averaged(batch[0]), batch[1]).backward()
     assert criterion.last.feature > 0
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -153,21 +157,26 @@ def test_an_average_can_be_trained_itself(model, batch):
 def test_a_functional_call_gives_the_loss_and_the_gradients_of_the_given_parameters(model, batch, copied):
     model = copied(model)
     other = {name: (parameter.detach() * 0.9).requires_grad_() for name, parameter in model.named_parameters()}
-    loss = sfr.SFRLoss(model)(functional_call(model, other, (batch[0],)), batch[1])
+    loss = criterion_of(model)(functional_call(model, other, (batch[0],)), batch[1])
     gradients = torch.autograd.grad(loss, list(other.values()))
     assert all(parameter.grad is None for parameter in model.parameters())
 
     model.load_state_dict(other)
-    expected = sfr.SFRLoss(model)(model(batch[0]), batch[1])
+    expected = criterion_of(model)(model(batch[0]), batch[1])
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, list(model.parameters())))
 
 
 @pytest.mark.parametrize("update", ["running", "epoch"])
 def test_state_dicts_load_with_weights_only(make_net, batch, update):
-    run = Run(sfr.SFRWrapper(make_net(), smoothing="class_mean", update=update, warmup=5))
+    def new_run():
+        model = sfr.SFRWrapper(make_net())
+        rising = sfr.Ramp(0, 0.25, steps=5)
+        return Run(model, criterion_of(model, smoothing="class_mean", update=update, feature_weight=rising))
+
+    run = new_run()
     run.train(seed=0)
-    resumed = Run(sfr.SFRWrapper(make_net(), smoothing="class_mean", update=update, warmup=5))
+    resumed = new_run()
     for part in ("model", "criterion", "optimizer"):
         state = saved(getattr(run, part).state_dict(), weights_only=True)
         getattr(resumed, part).load_state_dict(state)

@@ -14,7 +14,11 @@ import sfr
 
 @pytest.fixture
 def model(make_net, batch):
-    return sfr.SFRWrapper(make_net(), example_input=batch[0], weight=1.0, smoothing="none", detach_deep=False)
+    return sfr.SFRWrapper(make_net(), example_input=batch[0])
+
+
+def criterion_of(model, **switches):
+    return sfr.SFRLoss(model, **{"feature_weight": 1.0, "detach_deep": False, **switches})
 
 
 def gradients(model, loss):
@@ -22,7 +26,7 @@ def gradients(model, loss):
 
 
 def test_two_views_each_with_the_criterion_add_their_gradients(model, batch):
-    criterion = sfr.SFRLoss(model)
+    criterion = criterion_of(model)
     views, labels = (batch[0], batch[0].flip(3)), batch[1]
     together = gradients(model, sum(criterion(model(view), labels) for view in views))
     apart = [gradients(model, criterion(model(view), labels)) for view in views]
@@ -30,7 +34,7 @@ def test_two_views_each_with_the_criterion_add_their_gradients(model, batch):
 
 
 def test_views_of_other_sizes_train(model, batch):
-    criterion = sfr.SFRLoss(model)
+    criterion = criterion_of(model)
     views = batch[0], nn.functional.interpolate(batch[0], size=(10, 12))
     sum(criterion(model(view), batch[1]) for view in views).backward()
     assert criterion.last.feature > 0
@@ -50,7 +54,7 @@ def test_logits_of_an_earlier_forward_even_in_part_are_an_error(model, batch, vi
     """The features are those of the last forward only: the loss of both would silently lack those of the first."""
     torch._dynamo.reset()
     forward = torch.compile(model, backend="eager") if compiled else model
-    criterion = sfr.SFRLoss(model)
+    criterion = criterion_of(model)
     for _ in range(2):
         logits = views(forward(batch[0]), forward(batch[0].flip(3)))
         with pytest.raises(RuntimeError, match="call the criterion right after each forward"):
@@ -59,7 +63,7 @@ def test_logits_of_an_earlier_forward_even_in_part_are_an_error(model, batch, vi
 
 
 def test_a_forward_whose_output_goes_elsewhere_is_no_error(model, batch):
-    criterion = sfr.SFRLoss(model)
+    criterion = criterion_of(model)
     other = model(batch[0].flip(3))
     logits = model(batch[0])
     (criterion(logits, batch[1]) + (logits - other).square().mean()).backward()
@@ -67,17 +71,17 @@ def test_a_forward_whose_output_goes_elsewhere_is_no_error(model, batch):
 
 
 def test_two_models_in_one_loss_keep_their_features_apart(make_net, batch):
-    models = [sfr.SFRWrapper(make_net(), example_input=batch[0], weight=1.0) for _ in range(2)]
-    criteria = [sfr.SFRLoss(model) for model in models]
+    models = [sfr.SFRWrapper(make_net(), example_input=batch[0]) for _ in range(2)]
+    criteria = [criterion_of(model) for model in models]
     logits = [model(batch[0]) for model in models]
     losses = [criterion(output, batch[1]) for criterion, output in zip(criteria, logits, strict=True)]
-    alone = [sfr.SFRLoss(model)(model(batch[0]), batch[1]) for model in models]
+    alone = [criterion_of(model)(model(batch[0]), batch[1]) for model in models]
     assert losses == alone
     assert losses[0] != losses[1]
 
 
 def test_the_backward_may_come_after_the_next_forward(model, batch):
-    criterion = sfr.SFRLoss(model)
+    criterion = criterion_of(model)
     loss = criterion(model(batch[0]), batch[1])
     expected = gradients(model, criterion(model(batch[0]), batch[1]))
     model(batch[0].flip(3))
@@ -99,8 +103,8 @@ class Shared(nn.Module):
 
 
 def test_stages_that_share_a_weight_train_it_from_both(batch):
-    model = sfr.SFRWrapper(Shared(), stages=["stem", "first", "second"], weight=1.0)
-    criterion = sfr.SFRLoss(model)
+    model = sfr.SFRWrapper(Shared(), stages=["stem", "first", "second"])
+    criterion = criterion_of(model)
     criterion(model(batch[0]), batch[1]).backward()
     assert criterion.last.feature > 0
     assert len(list(model.parameters())) == len(list(Shared().parameters())) == 7
@@ -126,8 +130,8 @@ def test_a_stage_called_several_times_is_an_error_and_the_modules_around_it_work
     model = sfr.SFRWrapper(Repeated(), stages=["stem", "block", "last"])
     with pytest.raises(RuntimeError, match=r"stage 'block' fired twice.*Tap the modules around it"):
         model(batch[0])
-    model = sfr.SFRWrapper(model.unwrap(), stages=["stem", "after.0", "after.2", "last"], weight=1.0)
-    criterion = sfr.SFRLoss(model)
+    model = sfr.SFRWrapper(model.unwrap(), stages=["stem", "after.0", "after.2", "last"])
+    criterion = criterion_of(model)
     criterion(model(batch[0]), batch[1]).backward()
     assert len(criterion.last.pairs) == 6
 
@@ -143,16 +147,11 @@ def written_into(inplace):
 def test_a_stage_that_is_written_into_counts_as_it_was_left(batch, stages):
     """An in-place ReLU after the stage makes its feature the ReLU's output, with the gradient of that."""
     torch.manual_seed(0)
-    model = sfr.SFRWrapper(written_into(inplace=True), stages=stages, weight=1.0, detach_deep=False)
+    model = sfr.SFRWrapper(written_into(inplace=True), stages=stages)
     torch.manual_seed(0)
     after = {"0": "1", "3": "4"}
-    plain = sfr.SFRWrapper(
-        written_into(inplace=False),
-        stages=[after.get(name, name) for name in stages],
-        weight=1.0,
-        detach_deep=False,
-    )
-    losses = [sfr.SFRLoss(each)(each(batch[0]), batch[1]) for each in (model, plain)]
+    plain = sfr.SFRWrapper(written_into(inplace=False), stages=[after.get(name, name) for name in stages])
+    losses = [criterion_of(each)(each(batch[0]), batch[1]) for each in (model, plain)]
     torch.testing.assert_close(losses[0], losses[1])
     torch.testing.assert_close(gradients(model, losses[0]), gradients(plain, losses[1]))
 
@@ -160,15 +159,15 @@ def test_a_stage_that_is_written_into_counts_as_it_was_left(batch, stages):
 def test_integer_inputs_and_a_frozen_stage_train(batch):
     net = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 6, 10))
     net[0].requires_grad_(False)
-    model = sfr.SFRWrapper(net, stages=["0", "2"], weight=1.0, detach_deep=False)
-    criterion = sfr.SFRLoss(model)
+    model = sfr.SFRWrapper(net, stages=["0", "2"])
+    criterion = criterion_of(model)
     criterion(model(torch.randint(0, 50, (8, 6))), batch[1]).backward()
     assert criterion.last.feature > 0
     assert net[1].weight.grad.abs().sum() > 0
 
 
 def test_each_of_two_labels_for_the_same_logits_is_one_loss_with_mixed_targets(model, batch):
-    criterion = sfr.SFRLoss(model)
+    criterion = criterion_of(model)
     first, second = batch[1], batch[1].roll(1)
     logits = model(batch[0])
     mixed = criterion(logits, 0.3 * F.one_hot(first, 10).float() + 0.7 * F.one_hot(second, 10).float())
@@ -182,9 +181,9 @@ def test_each_of_two_labels_for_the_same_logits_is_one_loss_with_mixed_targets(m
 
 
 def test_the_two_labels_share_a_step_of_every_schedule_and_both_count(make_net, batch):
-    moving = {"smoothing": "class_mean", "alpha": 0.0, "alpha_end": 1.0, "alpha_steps": 10}
-    model = sfr.SFRWrapper(make_net(), weight=0.2, warmup=10, example_input=batch[0], **moving)
-    criterion = sfr.SFRLoss(model)
+    model = sfr.SFRWrapper(make_net(), example_input=batch[0])
+    moving = {"feature_weight": sfr.Ramp(0, 0.2, steps=10), "alpha": sfr.Ramp(0, 1, steps=10)}
+    criterion = criterion_of(model, smoothing="class_mean", **moving)
     for step in range(1, 4):
         logits = model(batch[0])
         predicted = logits.argmax(dim=1)
@@ -196,7 +195,7 @@ def test_the_two_labels_share_a_step_of_every_schedule_and_both_count(make_net, 
 
 
 def test_the_same_logits_after_another_forward_are_an_error(model, batch):
-    criterion = sfr.SFRLoss(model)
+    criterion = criterion_of(model)
     logits = model(batch[0])
     criterion(logits, batch[1])
     model(batch[0])
@@ -207,7 +206,7 @@ def test_the_same_logits_after_another_forward_are_an_error(model, batch):
 
 
 def test_other_logits_of_the_same_forward_and_another_criterion_get_no_features_twice(model, batch):
-    criterion, other = sfr.SFRLoss(model), sfr.SFRLoss(model)
+    criterion, other = criterion_of(model), criterion_of(model)
     logits = model(batch[0])
     criterion(logits, batch[1])
     for again in (lambda: criterion(logits * 2, batch[1]), lambda: other(logits, batch[1])):
@@ -218,7 +217,7 @@ def test_other_logits_of_the_same_forward_and_another_criterion_get_no_features_
 @pytest.mark.parametrize("backward", [True, False])
 @pytest.mark.parametrize("calls", [1, 2])
 def test_nothing_is_kept_once_loss_and_logits_are_gone(model, batch, calls, backward):
-    criterion = sfr.SFRLoss(model)
+    criterion = criterion_of(model)
     logits = model(batch[0])
     features = [weakref.ref(feature) for feature in model._sfr.recorder.features.values()]
     loss = sum(criterion(logits, batch[1]) for _ in range(calls))
@@ -236,7 +235,7 @@ def test_nothing_is_kept_once_loss_and_logits_are_gone(model, batch, calls, back
 
 
 def test_a_copy_between_the_two_labels_has_nothing_of_the_original(model, batch):
-    criterion = sfr.SFRLoss(model)
+    criterion = criterion_of(model)
     logits = model(batch[0])
     criterion(logits, batch[1])
     _, twin = copy.deepcopy((model, criterion))

@@ -130,8 +130,8 @@ def test_timms_script_trains_with_features_validates_plainly_and_resumes(
 
 
 def test_a_loss_that_the_loop_divides_in_place_leaves_the_logged_parts_alone(make_net, batch):
-    model = sfr.SFRWrapper(make_net(), weight=0)
-    criterion = sfr.SFRLoss(model)
+    model = sfr.SFRWrapper(make_net())
+    criterion = sfr.SFRLoss(model, feature_weight=0)
     loss = criterion(model(batch[0]), batch[1])
     label = criterion.last.label.item()
     loss /= 2
@@ -233,26 +233,23 @@ def evaluate(model, criterion, data):
 
 
 LABEL_LOSSES = {
-    "smoothing of the wrapper": ({"smoothing": "uniform", "alpha": 0.1}, {}, F.cross_entropy),
+    "smoothing of ours": ({"smoothing": "uniform", "alpha": 0.1}, F.cross_entropy),
     "the script's own criterion": (
-        {},
         {"label_loss": nn.CrossEntropyLoss(label_smoothing=0.1)},
         nn.CrossEntropyLoss(label_smoothing=0.1),
     ),
 }
 
 
-@pytest.mark.parametrize(("settings", "losses", "validation"), LABEL_LOSSES.values(), ids=LABEL_LOSSES)
+@pytest.mark.parametrize(("switches", "validation"), LABEL_LOSSES.values(), ids=LABEL_LOSSES)
 @pytest.mark.parametrize("collate", [None, collate_with_mixup], ids=["labels", "mixed"])
-def test_torchvisions_script_trains_with_features(
-    tmp_path, one_process, regularized, settings, losses, validation, collate
-):
+def test_torchvisions_script_trains_with_features(tmp_path, one_process, regularized, switches, validation, collate):
     model = convnet()
-    model = sfr.SFRWrapper(model, **settings)
+    model = sfr.SFRWrapper(model)
     optimizer = torch.optim.SGD(set_weight_decay(model, 1e-4, 0.0), lr=0.1, momentum=0.9)
     model = DistributedDataParallel(model)
     model_without_ddp = model.module
-    criterion = sfr.SFRLoss(model, **losses)
+    criterion = sfr.SFRLoss(model, **switches)
     model_ema = ExponentialMovingAverage(model_without_ddp, decay=0.5)
     test = loader(seed=9)
     for epoch in range(2):

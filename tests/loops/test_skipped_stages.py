@@ -51,8 +51,8 @@ def test_pairs_without_both_sides_are_left_out_in_that_step(batch):
 @pytest.mark.parametrize("skipped", [{1}, set()])
 @pytest.mark.parametrize("pairs", ["last", [("stem", "layers.2"), (1, -1), (0, 2)]])
 def test_pairs_by_name_and_number_mean_the_same_stages_whatever_is_missing(batch, pairs, skipped):
-    model = sfr.SFRWrapper(Skipping(), stages=STAGES, pairs=pairs)
-    criterion = sfr.SFRLoss(model)
+    model = sfr.SFRWrapper(Skipping(), stages=STAGES)
+    criterion = sfr.SFRLoss(model, pairs=pairs)
     expected = pairs_of(model, criterion, batch, set())
     assert "layers.0 <- layers.2" in expected
     actual = pairs_of(model, criterion, batch, skipped)
@@ -60,8 +60,8 @@ def test_pairs_by_name_and_number_mean_the_same_stages_whatever_is_missing(batch
 
 
 def test_stages_named_in_another_order_than_they_run_keep_their_places(batch):
-    model = sfr.SFRWrapper(Skipping(), stages=STAGES[::-1], pairs=[(0, 1), (2, 3)])
-    criterion = sfr.SFRLoss(model)
+    model = sfr.SFRWrapper(Skipping(), stages=STAGES[::-1])
+    criterion = sfr.SFRLoss(model, pairs=[(0, 1), (2, 3)])
     assert pairs_of(model, criterion, batch, set()) == {"stem <- layers.0", "layers.1 <- layers.2"}
     assert pairs_of(model, criterion, batch, {0}) == {"layers.1 <- layers.2"}
 

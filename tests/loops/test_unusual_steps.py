@@ -150,8 +150,9 @@ def test_a_step_scaled_for_half_precision_has_the_feature_term(model, batch, reg
 def test_a_penalty_on_the_gradient_of_the_loss_is_differentiated_exactly(make_net, batch):
     images, labels = batch[0].double(), batch[1]
     smooth = nn.Sequential(*(nn.Tanh() if isinstance(module, nn.ReLU) else module for module in make_net())).double()
-    model = sfr.SFRWrapper(smooth, weight=5.0, detach_deep=False)  # what is detached has no derivative here either
-    criterion = sfr.SFRLoss(model)
+    model = sfr.SFRWrapper(smooth)
+    # What is detached has no derivative here either.
+    criterion = sfr.SFRLoss(model, feature_weight=5.0, detach_deep=False)
 
     def penalty():
         x = images.clone().requires_grad_()

@@ -42,12 +42,12 @@ def build(kind: str) -> tuple[torch.nn.Module, sfr.SFRLoss]:
     """Return the model to call and its criterion."""
     net = transformer()
     if kind == "one process":
-        model = sfr.SFRWrapper(net, weight=0.5)
+        model = sfr.SFRWrapper(net)
     elif kind == "wrapped, then sharded":
-        model = sharded(sfr.SFRWrapper(net, weight=0.5))
+        model = sharded(sfr.SFRWrapper(net))
     else:
-        model = sfr.SFRWrapper(sharded(net), weight=0.5)
-    return model, sfr.SFRLoss(model)
+        model = sfr.SFRWrapper(sharded(net))
+    return model, sfr.SFRLoss(model, feature_weight=0.5)
 
 
 def train(kind: str, rank: int, folder: Path) -> dict[str, object]:
