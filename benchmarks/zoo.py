@@ -349,7 +349,7 @@ with SFR over one plain step, at a batch of two images on a busy machine: a very
 overhead; `benchmarks/overhead.py` is that.
 
 The feature term here is that of the default before (the squared distance). How the stages are found is told in
-`sfr/model/discovery.py`. In short: of a model most of whose layers lie in equal blocks
+`sfr/model/choose.py`. In short: of a model most of whose layers lie in equal blocks
 at one resolution (transformers, mixers) four blocks are taken, evenly spaced in depth; of any other the last output at
 each resolution, of the outermost module; of a model without resolutions the hidden layers. Class, distillation and
 register tokens, which are those beyond the cells of the map that the tokens come from, are dropped.

@@ -8,10 +8,11 @@ from torchvision import models
 
 import sfr
 from sfr.feature.pairs import resolve_pairs
-from sfr.model.discovery import STAGES_IN_DEPTH, assumed_view
+from sfr.model.choose import STAGES_IN_DEPTH
 from sfr.model.formats import View
+from sfr.model.layouts import infer_layout
+from sfr.model.reading import assumed_view
 from sfr.model.settings import StageSettings
-from sfr.model.stages import infer_layout
 
 TORCHVISION_STAGES = {
     "resnet18": ("relu", "layer1", "layer2", "layer3", "layer4"),

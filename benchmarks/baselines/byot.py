@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 import sfr
 from baselines.arm import Arm, Task, divergence
-from sfr.model.discovery import StageFinder
+from sfr.model.choose import choose
+from sfr.model.settings import StageSettings
+from sfr.model.watch import watch
 
 
 class BeYourOwnTeacher(Arm):
@@ -81,7 +83,6 @@ def convolution(channels: int, width: int, size: int) -> tuple[nn.Module, ...]:
 def stage_shapes(model: nn.Module, device: torch.device) -> dict[str, torch.Size]:
     """Return the shape (C, H, W) of the output of each stage for an image of 32 pixels, by name, in forward order."""
     training = model.training
-    with StageFinder(model.eval(), sfr.SFRConfig()) as finder:
-        model(torch.zeros(1, 3, 32, 32, device=device))
+    _, trace = watch(model.eval(), (torch.zeros(1, 3, 32, 32, device=device),), {}, StageSettings())
     model.train(training)
-    return {name: torch.Size(stage.shape[1:]) for name, stage in finder.found().items()}
+    return {name: torch.Size(stage.shape[1:]) for name, stage in choose(trace).items()}

@@ -12,20 +12,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
-from sfr.model.sightings import (
-    Sighting,
-    ancestors,
-    even_places,
-    has_weights,
-    held,
-    is_block,
-    is_container,
-    is_leaf,
-    outermost,
-)
-
-# Resolutions closer than this differ by the border of a convolution and are one level.
-LEVEL_RATIO = 1.5
+from sfr.model.choose import LEVEL_RATIO, even_places
+from sfr.model.kinds import ancestors, has_weights, held, is_block, is_container, is_leaf, outermost
+from sfr.model.trace import Sighting
 
 KEEPING_THE_SHAPE = (_NormBase, nn.LayerNorm, nn.GroupNorm, _DropoutNd)
 
@@ -33,10 +22,9 @@ KEEPING_THE_SHAPE = (_NormBase, nn.LayerNorm, nn.GroupNorm, _DropoutNd)
 class Candidates:
     """Keeps alive the outputs that may become stages, about as many as there will be.
 
-    It foresees what :class:`sfr.model.discovery.StageFinder` will choose: the last output at each resolution so
-    far, and the blocks, or else layers, that lie at even spaces in depth if the forward calls all there are in the
-    model. If it foresees wrongly, a stage lacks its feature in the watched forward, unless the autograd graph keeps it
-    anyway.
+    It foresees what :func:`sfr.model.choose.choose` will choose: the last output at each resolution so far, and the
+    blocks, or else layers, that lie at even spaces in depth if the forward calls all there are in the model. If it
+    foresees wrongly, a stage lacks its feature in the watched forward, unless the autograd graph keeps it anyway.
 
     Args:
         model: the plain model.
@@ -49,7 +37,7 @@ class Candidates:
         self._kinds_seen: set[type] = set()
         self._activated, self._repeated = _layers_soon_replaced(model)
         self._ended: dict[str, Sighting | None] = {}
-        self._kept: set[Sighting] = set()
+        self._kept: dict[Sighting, Tensor] = {}
         self._time: dict[Sighting, int] = {}
         self._levels: dict[int, list[Sighting]] = defaultdict(list)
         self._smallest: Sighting | None = None
@@ -79,8 +67,7 @@ class Candidates:
             self._depth += 1
         if not self._depth_is_enough() and self._depth in self._depths:
             self._layers[self._depth] = self._not_beaten([*self._layers[self._depth], sighting])
-        sighting.kept = feature
-        self._kept.add(sighting)
+        self._kept[sighting] = feature
         self._let_go()
 
     def leave_out(self, name: str) -> None:
@@ -110,9 +97,7 @@ class Candidates:
         wanted = {each for group in self._levels.values() for each in group if not self._goes(each, soon)}
         wanted |= {each for group in depths for each in group if not self._goes(each, self._activated)}
         wanted |= self._blocks.wanted()
-        for sighting in self._kept - wanted:
-            sighting.kept = None
-        self._kept &= wanted
+        self._kept = {sighting: feature for sighting, feature in self._kept.items() if sighting in wanted}
 
     @staticmethod
     def _goes(sighting: Sighting, soon: set[str]) -> bool:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from sfr.model.formats import View, as_map
+from sfr.model.layouts import check_batches
 from sfr.model.reading import assumed_view
 from sfr.model.record import known_record
-from sfr.model.stages import check_batches
 
 
 class Maps:

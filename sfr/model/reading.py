@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 from torch import Tensor, nn
 
 from sfr.config import Layout
 from sfr.model.formats import Grid, View, cells, spatial_shape, token_grid
+from sfr.model.kinds import holds_sequence_first, is_batch_first
+from sfr.model.layouts import infer_layout, swapped_axes
 from sfr.model.settings import StageSettings
-from sfr.model.sightings import Sighting, is_container
-from sfr.model.stages import infer_layout, swapped_axes
+from sfr.model.trace import Sighting, Trace
 
 # A sequence that is longer than the map by more than this does not come from the map.
 MOST_PREFIX_TOKENS = 16
@@ -48,15 +50,15 @@ class Reader:
         # The first two axes, sequence and batch, of what layers with batch_first=False return.
         self._sequences = {each.shape[:2] for each in seen if each.ndim == 3 and is_batch_first(each.module) is False}
 
-    def read(self, sighting: Sighting) -> None:
-        """Set view and cells of an output, and what is wrong with it; none of them if it is not of the whole batch."""
-        sighting.view, sighting.cells, sighting.problem = None, 0, ""
+    def read(self, sighting: Sighting) -> Sighting:
+        """Return a sighting with view and cells, and what is wrong with it; none if it is not of the whole batch."""
         try:
             axis = self._batch_axis(sighting)
-            if axis is not None:
-                sighting.view, sighting.cells = self._view(sighting, axis)
+            view, cells = (None, 0) if axis is None else self._view(sighting, axis)
         except ValueError as error:
-            sighting.problem = str(error)
+            return dataclasses.replace(sighting, view=None, cells=0, problem=str(error))
+        problem = UNCLEAR.format(shape=sighting.shape) if self._is_unclear(sighting) else ""
+        return dataclasses.replace(sighting, view=view, cells=cells, problem=problem)
 
     def _view(self, sighting: Sighting, batch_axis: int) -> tuple[View, int]:
         if sighting.is_layer:
@@ -112,16 +114,25 @@ class Reader:
         batch_first = is_batch_first(sighting.module)
         if batch_first is not None:
             return 1 - batch_first if not batch_first or shape[0] == batch else None
-        unclear = shape[:2] in self._sequences or holds_sequence_first(sighting.module)
-        if shape[0] == shape[1] and unclear:
-            sighting.problem = UNCLEAR.format(shape=shape)
-            return 0
         if shape[:2] in self._sequences:
-            return 1
+            return int(shape[0] != shape[1])
         if shape[0] == batch:
             return 0
         # Windows of a map are a multiple of the batch, too, and may be as long as it.
         return 1 if batch == 1 or shape[0] % batch else None
+
+    def _is_unclear(self, sighting: Sighting) -> bool:
+        """Whether the batch may be the first or the second axis of an output, by the layers of the model."""
+        if not self._is_tied(sighting):
+            return False
+        return sighting.shape[:2] in self._sequences or holds_sequence_first(sighting.module)
+
+    def _is_tied(self, sighting: Sighting) -> bool:
+        """Whether the first two of three axes are both as long as the batch, and nobody states which one it is."""
+        shape = sighting.shape
+        if self._settings.layout != "auto" or len(shape) != 3 or is_batch_first(sighting.module) is not None:
+            return False
+        return shape[0] == shape[1] and shape[0] in self._batches
 
     def _tokens(self, layout: Layout, count: int) -> View:
         """Return the view of `count` tokens.
@@ -138,6 +149,20 @@ class Reader:
         nearest = sorted(self._maps, key=lambda grid: abs(cells(grid) - local))
         fitting = (grid for grid in nearest if local > 0 and len(token_grid(local, grid)) > 1)
         return View(layout, self._prefix, next(fitting, ()))
+
+
+def views_of(trace: Trace, names: Iterable[str]) -> dict[str, View]:
+    """Return how the output of each of these modules is read, as far as they were seen.
+
+    Raises:
+        ValueError: naming the stage, if it cannot be told which of its axes is the batch.
+    """
+    wanted = set(names)
+    seen = {sighting.name: sighting for sighting in trace.sightings if sighting.name in wanted}
+    for name, sighting in seen.items():
+        if sighting.problem:
+            raise ValueError(f"stage {name!r} {sighting.problem}")
+    return {name: sighting.view for name, sighting in seen.items() if sighting.view}
 
 
 def assumed_view(stage: nn.Module, feature: Tensor, settings: StageSettings) -> View:
@@ -164,22 +189,3 @@ def assumed_view(stage: nn.Module, feature: Tensor, settings: StageSettings) -> 
             "example_input= to the wrapper if its first forward is compiled, or state prefix_tokens= (0 if none)"
         )
     return View(layout, settings.prefix_tokens)
-
-
-def is_batch_first(module: nn.Module) -> bool | None:
-    """Whether the batch is the first axis of what a module of PyTorch's own returns; None if it may be either."""
-    if is_container(module):
-        parts = list(module.children())
-        return is_batch_first(parts[-1]) if parts else None
-    if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
-        return is_batch_first(module.layers[0])
-    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
-        return is_batch_first(module.self_attn)
-    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase, nn.Transformer)):
-        return bool(module.batch_first)
-    return None
-
-
-def holds_sequence_first(module: nn.Module) -> bool:
-    """Whether a module holds an attention or a recurrent layer with ``batch_first=False``."""
-    return any(getattr(part, "batch_first", None) is False for part in module.modules())

@@ -13,13 +13,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sfr.compiling import eager
 from sfr.config import SFRConfig
-from sfr.model.discovery import StageFinder
+from sfr.model.choose import choose, single_cells
 from sfr.model.formats import View
+from sfr.model.kinds import ancestors
 from sfr.model.messages import JOINED, NO_FEATURES, OTHER_SETTINGS, TRANSFORMED
+from sfr.model.reading import views_of
 from sfr.model.recorder import NEVER_FIRED_UNTIL_WARNING, WHY_SILENT, Recorder, Tap
 from sfr.model.settings import StageSettings
-from sfr.model.sightings import ancestors
 from sfr.model.stages import find_stages
+from sfr.model.trace import Trace
+from sfr.model.watch import watch
 
 # The one attribute that a wrapped model has and the plain one has not; it holds the record.
 RECORD = "_sfr"
@@ -158,11 +161,13 @@ class Record:
     def _watched_call(self, model: nn.Module, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the first training forward and watch it."""
         named = self.stage_names is not None
-        with StageFinder(model, self.settings, self.stage_names or (), keep=True) as finder:
-            output = self._recorded_call(model, plain, args, kwargs)
+        recorded = lambda *args, **kwargs: self._recorded_call(model, plain, args, kwargs)  # noqa: E731
+        output, trace = watch(
+            model, args, kwargs, self.settings, call=recorded, named=self.stage_names or (), keep=not named
+        )
         if named:
-            self._check_silence(model, finder.called)
-        features = self._learn_from(finder)
+            self._check_silence(model, trace.calls)
+        features = self._learn_from(trace)
         self.recorder.note_watched(None if named else features)
         return output
 
@@ -171,23 +176,24 @@ class Record:
         modes = [(module, module.training) for module in model.modules()]
         try:
             model.eval()
-            with torch.no_grad(), StageFinder(model, self.settings, self.stage_names or ()) as finder:
-                model(*args, **kwargs)
+            with torch.no_grad():
+                _, trace = watch(model, args, kwargs, self.settings, named=self.stage_names or ())
         finally:
             for module, mode in modes:
                 module.training = mode
-        self._check_silence(model, finder.called)
-        self._learn_from(finder)
+        self._check_silence(model, trace.calls)
+        self._learn_from(trace)
 
-    def _learn_from(self, finder: StageFinder) -> dict[str, Tensor]:
+    def _learn_from(self, trace: Trace) -> dict[str, Tensor]:
         """Take over what a watched forward has shown, and return the features of the stages it was to find."""
-        found = finder.found() if self.stage_names is None else {}
+        found = choose(trace) if self.stage_names is None else {}
+        views = views_of(trace, [*found, *(self.stage_names or ())])
         if found:
             self.tap({name: stage.module for name, stage in found.items()})
-        self.views = (self.views or {}) | finder.views(self.stage_names or ())
+            self.left_out = single_cells(trace)
+        self.views = (self.views or {}) | views
         self._watches += 1
-        self.left_out = finder.left_out()
-        return {name: stage.feature for name, stage in found.items() if stage.feature is not None}
+        return {name: trace.outputs[name] for name in found if name in trace.outputs}
 
     def _check_silence(self, model: nn.Module, called: Collection[str] = ()) -> None:
         """Raise an error that names the stages that did not fire and never will, as far as can be told.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections import deque
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sfr.model.graph import computed_from
 from sfr.model.outputs import feature_of
 from sfr.warn import warn_user
 
@@ -190,7 +190,7 @@ class Recorder:
         self.features, self.unused = {}, {}
         self._recorded = False
         self._unused_in_a_row = 0
-        return features if computed_from(logits, features, unused) else None
+        return features if computed_from(logits, _nodes_of(features), _nodes_of(unused)) else None
 
     def keep_result(self, logits: Tensor, user: object, result: Any) -> None:
         """Keep what was made of the features until the logits are gone or the next forward begins."""
@@ -215,36 +215,5 @@ class Recorder:
         return self.__dict__ | nothing | {"_recording": False, "_recorded": False}
 
 
-def computed_from(logits: Tensor, features: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
-    """Whether the logits were computed from one of the features and from none of the others.
-
-    It is a walk back through the autograd graph that ends at the features. Those without a graph (of frozen layers)
-    cannot tell; if none has one the answer is True.
-    """
-    own, foreign = _graph_nodes(features), _graph_nodes(others)
-    if not own:
-        return True
-    found = False
-    for node in graph_behind(logits.grad_fn, own | foreign):
-        if node in foreign:
-            return False
-        found = found or node in own
-        if found and not foreign:
-            return True
-    return found
-
-
-def graph_behind(node: Any, ends: Container[Any] = ()) -> Iterator[Any]:
-    """Yield an autograd node and those it was computed from, each once, the nearest first, and none behind `ends`."""
-    waiting, seen = deque([node]), set()
-    while waiting:
-        node = waiting.popleft()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            if node not in ends:
-                waiting.extend(parent for parent, _ in node.next_functions)
-
-
-def _graph_nodes(features: Mapping[str, Tensor]) -> set[Any]:
+def _nodes_of(features: Mapping[str, Tensor]) -> set[Any]:
     return {feature.grad_fn for feature in features.values() if feature.grad_fn is not None}

@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from sfr.feature.nodes import to_nodes
 from sfr.model.formats import View, as_map
+from sfr.model.layouts import infer_layout
 from sfr.model.outputs import feature_of
-from sfr.model.stages import infer_layout
 
 ACTIVATIONS = {
     *(F.relu, F.relu6, F.hardtanh, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardswish, F.prelu),

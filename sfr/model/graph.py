@@ -1,0 +1,39 @@
+"""Walks back through the autograd graph: what an output was computed from."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Container, Iterator, Set
+from typing import Any
+
+from torch import Tensor
+
+
+def computed_from(logits: Tensor, own: Set[Any], foreign: Set[Any]) -> bool:
+    """Whether the logits were computed from one of a set of nodes and from none of another.
+
+    It is a walk back through the autograd graph that ends at these nodes. Features without a graph (of frozen layers)
+    have no node; if none has one, the answer is True.
+    """
+    if not own:
+        return True
+    found = False
+    for node in graph_behind(logits.grad_fn, own | foreign):
+        if node in foreign:
+            return False
+        found = found or node in own
+        if found and not foreign:
+            return True
+    return found
+
+
+def graph_behind(node: Any, ends: Container[Any] = ()) -> Iterator[Any]:
+    """Yield an autograd node and those it was computed from, each once, the nearest first, and none behind `ends`."""
+    waiting, seen = deque([node]), set()
+    while waiting:
+        node = waiting.popleft()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            if node not in ends:
+                waiting.extend(parent for parent, _ in node.next_functions)
