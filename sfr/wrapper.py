@@ -16,7 +16,7 @@ from sfr.model.arguments import forward_arguments
 from sfr.model.formats import View
 from sfr.model.record import RECORD, Record, known_record, record_of
 from sfr.model.settings import StageSettings
-from sfr.model.wrapped_class import plain_class, swap_class, wrapped_class
+from sfr.model.wrapped_class import plain_class, swap_class, take_off, wrapped_class
 from sfr.old_names import OLD_NAMES
 from sfr.preflight.report import Report
 from sfr.warn import deprecated
@@ -212,14 +212,7 @@ class SFRWrapper(nn.Module):
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Undo the wrapping of a model, and return it; a model that is not wrapped is returned as it is."""
-    record = vars(model).pop(RECORD, None)
-    if record is None:
-        return model
-    record.recorder.detach()
-    swap_class(model, plain_class(type(model), SFRWrapper))
-    if isinstance(model, torch.fx.GraphModule):
-        model.recompile()  # its code lies in its class, and may have been put into the one it had meanwhile
-    return model
+    return take_off(model, SFRWrapper)
 
 
 def _sorted_out(own: dict[str, Any], config: object, switches: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -556,10 +556,53 @@ def test_a_layout_that_takes_images_for_tokens_is_an_error_that_names_the_right_
         train(model, torch.randn(6, 3, 32, 32))
 
 
+def own_attention(order="sequence first"):
+    return Attention(16, order, own=True)
+
+
+class Patches(nn.Module):
+    """Blocks that see (B, N, C) of the 16 patches of an image, whatever their layers do inside."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.patches, self.fc = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 10)
+        self.blocks = nn.Sequential(*(own_attention(order) for _ in range(2)))
+
+    def forward(self, x):
+        return self.fc(self.blocks(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "patches", "all but the head"])
+@pytest.mark.parametrize("options", [{}, {"stages": r"blocks\.."}], ids=["discovered", "named"])
+def test_a_first_batch_as_long_as_the_sequence_is_read_by_what_depends_on_what(options, frozen):
+    cases = [(Clip(own_attention), 17, "sequence_first"), (Patches("batch first"), 16, "tokens")]
+    for net, images, layout in cases:
+        for name, parameter in net.named_parameters():
+            trained = {"nothing": True, "patches": "patches" not in name, "all but the head": "fc" in name}
+            parameter.requires_grad_(trained[frozen])
+        model = sfr.SFRWrapper(net, **options)
+        x = torch.randn(images, 3, 16, 16)
+        if frozen == "nothing":
+            torch.testing.assert_close(*feature_terms(model, x))
+            assert {view.layout for view in model.sfr.stage_views.values()} == {layout}
+        else:
+            with pytest.warns(UserWarning, match=r"stage 'blocks.0' has shape .* cannot be told.*'sequence_first'"):
+                model(x)
+
+
+def test_an_example_as_long_as_the_sequence_leaves_it_to_the_first_training_forward():
+    for images in (17, 5):
+        model = sfr.SFRWrapper(Clip(own_attention), example_input=torch.zeros(17, 3, 16, 16))
+        torch.testing.assert_close(*feature_terms(model, torch.randn(images, 3, 16, 16)))
+        assert model.sfr.stage_views == {f"blocks.{k}": View("sequence_first", 1, (4, 4)) for k in range(3)}
+
+
 def test_a_tie_that_was_read_wrongly_is_an_error_at_the_next_batch_of_another_size():
-    model = sfr.SFRWrapper(Clip(BLOCKS["its own attention"]))
+    model = sfr.SFRWrapper(Clip(own_attention).requires_grad_(False))
+    model.fc.requires_grad_(True)
     criterion = sfr.SFRLoss(model)
-    criterion(model(torch.randn(17, 3, 16, 16)), torch.arange(17) % 10)
+    with pytest.warns(UserWarning, match=r"cannot be told|are frozen"):
+        criterion(model(torch.randn(17, 3, 16, 16)), torch.arange(17) % 10)
     with pytest.raises(ValueError, match=r"stage 'blocks.0' .*state layout='sequence_first'"):
         criterion(model(torch.randn(5, 3, 16, 16)), torch.arange(5))
 

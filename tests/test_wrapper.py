@@ -369,13 +369,13 @@ def test_disable_makes_it_the_plain_model_and_the_plain_loss(net, batch):
         assert not features_of(model)
     assert torch.equal(loss, nn.functional.cross_entropy(logits, batch[1]))
     assert criterion.step == 0
-    model(batch[0])
+    _ = model(batch[0])
     assert features_of(model)
 
 
 def test_a_deep_copy_is_independent_also_between_forward_and_loss(net, batch):
     model = sfr.SFRWrapper(net, example_input=batch[0])
-    model(batch[0])
+    _ = model(batch[0])
     twin = copy.deepcopy(model)
     assert not features_of(twin)
     assert twin.unwrap() is not net
@@ -405,7 +405,8 @@ def test_a_wrapped_model_can_be_saved_whole(net, batch, way):
         torch.save(model, file)
         file.seek(0)
         twin = torch.load(file, weights_only=False)
-    assert torch.equal(twin(batch[0]), expected)
+    output = twin(batch[0])
+    assert torch.equal(output, expected)
     assert list(features_of(twin)) == ["1", "3", "5"]
     plain = twin.unwrap()
     assert type(plain) is nn.Sequential
@@ -447,7 +448,7 @@ class Middle(nn.Module):
 )
 def test_the_first_floating_tensor_of_a_container_is_the_feature(batch, make):
     model = sfr.SFRWrapper(Outputs(make), stages=["first", "middle"])
-    model(batch[0])
+    _ = model(batch[0])
     assert torch.equal(features_of(model)["middle"], features_of(model)["first"])
 
 
@@ -487,7 +488,7 @@ def test_a_copy_is_wrapped_and_can_be_wrapped_again(net, batch, way):
     other = sfr.SFRWrapper(twin, example_input=batch[0])
     assert other is twin
     assert len(hooks_of(twin)) == len(hooks_of(net)) == 3
-    other(batch[0])
+    _ = other(batch[0])
     assert len(features_of(other)) == 3
     assert not features_of(model)
 

@@ -73,8 +73,12 @@ def part_with_graph(output: Any) -> Tensor:
         raise TypeError(
             f"output must hold a floating-point tensor that the model computed; got {type(output).__name__}"
         )
-    leaves = [leaf for leaf in tree_leaves(_parts(output)) if isinstance(leaf, Tensor)]
-    return next((leaf for leaf in (found, *leaves) if leaf.grad_fn is not None), found)
+    return next((leaf for leaf in (found, *tensors_in(output)) if leaf.grad_fn is not None), found)
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """Return all tensors in a model's output."""
+    return [leaf for leaf in tree_leaves(_parts(output)) if isinstance(leaf, Tensor)]
 
 
 def features_in(output: Any) -> list[Tensor]:

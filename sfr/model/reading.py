@@ -29,7 +29,8 @@ class Reader:
 
     Args:
         settings: its ``layout`` and ``prefix_tokens`` overrule what is seen.
-        batches: what may be the length of the batch, the likeliest first; of the logits, and of the input.
+        batches: what may be the length of the batch, the likeliest first; of the logits, and of the input. If nothing
+            shows it, it is the first axis of what the first layer returns.
         seen: all outputs of the forward, as far as known.
         named: names of the stages, if the user gave them.
     """
@@ -52,6 +53,8 @@ class Reader:
 
     def read(self, sighting: Sighting) -> Sighting:
         """Return a sighting with view and cells, and what is wrong with it; none if it is not of the whole batch."""
+        if not self._batches and sighting.is_layer and sighting.ndim > 1:
+            self._batches = [sighting.shape[0]]
         try:
             axis = self._batch_axis(sighting)
             view, cells = (None, 0) if axis is None else self._view(sighting, axis)

@@ -9,18 +9,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from sfr.compiling import eager
 from sfr.config import SFRConfig
+from sfr.model.agreement import first_found
 from sfr.model.choose import choose, single_cells
 from sfr.model.formats import View
+from sfr.model.joining import Joining
 from sfr.model.kinds import ancestors
 from sfr.model.messages import JOINED, NO_FEATURES, OTHER_SETTINGS, TRANSFORMED
 from sfr.model.reading import views_of
 from sfr.model.recorder import NEVER_FIRED_UNTIL_WARNING, WHY_SILENT, Recorder, Tap
 from sfr.model.settings import StageSettings
 from sfr.model.stages import find_stages
+from sfr.model.tied import settle
 from sfr.model.trace import Trace
 from sfr.model.watch import watch
 
@@ -47,7 +49,7 @@ class Record:
         self.views: dict[str, View] | None = None
         self.left_out: tuple[str, ...] = ()
         self.disabled = False
-        self.joining = False
+        self.joining = Joining()
         self._watches = 0
 
     @property
@@ -76,12 +78,17 @@ class Record:
         self.recorder.attach(stages)
         self.stage_names = tuple(stages)
 
-    def for_copy(self, model: nn.Module) -> Record:
-        """Return a record like this one that taps another model of the same structure."""
+    def for_copy(self, model: nn.Module, shallow: bool = False) -> Record:
+        """Return a record like this one that taps another model of the same structure.
+
+        Args:
+            model: the copy.
+            shallow: whether it has the very parts of the original, with the taps of that and of its other copies.
+        """
         record = Record(self.settings, self.config, self.in_eval)
         record.views, record.left_out = self.views, self.left_out
         stages = {name: model.get_submodule(name) for name in self.stage_names or ()}
-        for stage in stages.values():  # copies of the taps serve nobody
+        for stage in () if shallow else stages.values():  # copies of the taps serve nobody
             for key, hook in list(stage._forward_hooks.items()):
                 if isinstance(hook, Tap) and hook.recorder is not self.recorder:
                     del stage._forward_hooks[key]
@@ -100,10 +107,11 @@ class Record:
         """
         if self.recorder.recording:  # the model calls itself
             return plain(model, *args, **kwargs)
+        traced = False
         if not torch.compiler.is_compiling():
-            # Of DDP inside model.join(), which the criterion cannot see by itself.
-            self.joining = _is_joining()
-        if self.disabled or not self.records(model) or not torch.is_grad_enabled():
+            self.joining.note_forward()
+            traced = torch.jit._trace.is_tracing()  # into a model that nobody trains with the criterion
+        if self.disabled or traced or not self.records(model) or not torch.is_grad_enabled():
             self.recorder.abort()
             return plain(model, *args, **kwargs)
         if self._is_to_be_watched():
@@ -130,7 +138,7 @@ class Record:
             raise RuntimeError(OTHER_SETTINGS)
         if not self.records(model) and not self.recorder.recorded:
             return False
-        if self.joining and exchanges and dist.is_available() and dist.is_initialized():
+        if exchanges and self.joining.inside and dist.is_available() and dist.is_initialized():
             raise RuntimeError(JOINED)
         if torch._C._functorch.peek_interpreter_stack() is not None:
             self.recorder.abort()  # what was recorded inside the transform is of no use outside
@@ -149,7 +157,7 @@ class Record:
         self.recorder.begin()
         try:
             output = plain(model, *args, **kwargs)
-            self.recorder.end()
+            self.recorder.end(output)
         except BaseException:
             self.recorder.abort()
             raise
@@ -167,7 +175,7 @@ class Record:
         )
         if named:
             self._check_silence(model, trace.calls)
-        features = self._learn_from(trace)
+        features = self._learn_from(model, trace, agree=True)
         self.recorder.note_watched(None if named else features)
         return output
 
@@ -182,18 +190,26 @@ class Record:
             for module, mode in modes:
                 module.training = mode
         self._check_silence(model, trace.calls)
-        self._learn_from(trace)
+        self._learn_from(model, trace)
 
-    def _learn_from(self, trace: Trace) -> dict[str, Tensor]:
-        """Take over what a watched forward has shown, and return the features of the stages it was to find."""
-        found = choose(trace) if self.stage_names is None else {}
-        views = views_of(trace, [*found, *(self.stage_names or ())])
-        if found:
-            self.tap({name: stage.module for name, stage in found.items()})
+    def _learn_from(self, model: nn.Module, trace: Trace, agree: bool = False) -> dict[str, Tensor]:
+        """Take over what a watched forward has shown, and return the features of the stages it was to find.
+
+        Args:
+            model: the model.
+            trace: what was seen.
+            agree: whether several ranks have to find the same stages: their forwards may skip different ones.
+        """
+        names = self.stage_names or tuple(choose(trace))
+        if self.stage_names is None and agree:
+            names = first_found(names, model, self.settings)
+        views = settle(trace, views_of(trace, names))
+        if self.stage_names is None:
+            self.tap({name: model.get_submodule(name) for name in names})
             self.left_out = single_cells(trace)
         self.views = (self.views or {}) | views
         self._watches += 1
-        return {name: trace.outputs[name] for name in found if name in trace.outputs}
+        return {name: trace.outputs[name] for name in names if name in trace.outputs}
 
     def _check_silence(self, model: nn.Module, called: Collection[str] = ()) -> None:
         """Raise an error that names the stages that did not fire and never will, as far as can be told.
@@ -241,7 +257,7 @@ class Record:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside disable() or join() is not inside them for ever.
-        return self.__dict__ | {"disabled": False, "joining": False}
+        return self.__dict__ | {"disabled": False, "joining": Joining()}
 
 
 def record_of(model: nn.Module) -> Record | None:
@@ -281,9 +297,3 @@ def wrapped_in(model: object) -> nn.Module:
 def _is_compiled(module: nn.Module) -> bool:
     """Whether a module was compiled, in place or as the inner one of what ``torch.compile`` returns."""
     return module._compiled_call_impl is not None or "_orig_mod" in module._modules
-
-
-def _is_joining() -> bool:
-    """Whether the code runs in the forward of a DDP model inside its ``join()``."""
-    active = DistributedDataParallel._active_ddp_module
-    return active is not None and active._join_config.enable

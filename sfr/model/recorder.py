@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sfr.model.graph import computed_from
-from sfr.model.outputs import feature_of
+from sfr.model.outputs import feature_of, tensors_in
 from sfr.warn import warn_user
 
 # Training forwards in a row whose features nobody used, before a warning says so.
@@ -48,7 +48,8 @@ class Recorder:
 
     def __init__(self) -> None:
         self.features: dict[str, Tensor] = {}
-        self.unused: dict[str, Tensor] = {}
+        self.unused: list[Any] = []  # nodes of the autograd graph, or of a compiled forward the tensors
+        self._let_go = False  # whether features were let go of because nobody could use them any more
         self._without_gradient: dict[str, bool] = {}
         self.order: list[str] = []  # the stages from the shallowest on, as far as forwards have shown
         self._recorded = False  # whether there is a forward to use, maybe one that skipped all stages
@@ -61,6 +62,8 @@ class Recorder:
         self._handles: list[RemovableHandle] = []
         self._names: tuple[str, ...] = ()
         self._result: tuple[weakref.ref[Tensor], weakref.ref[object], Any] | None = None
+        self._witness: weakref.ref[_Witness] | None = None
+        self._witness_of_unused: weakref.ref[_Witness] | None = None
 
     @property
     def recording(self) -> bool:
@@ -83,11 +86,15 @@ class Recorder:
         """Start to record a new forward; features nobody used are set aside until the next ones are used."""
         if not torch.compiler.is_compiling():
             # A forward without any gradient, as of the averaged teacher of a model, is none that trains.
-            if not self._excused and any(feature.requires_grad for feature in self.features.values()):
+            if not self._excused and (self._let_go or any(each.requires_grad for each in self.features.values())):
                 self._note_unused()
-            self._excused = False
+            self._excused = self._let_go = False
             self._result = None
-        self.unused, self.features = self.features, {}
+            self.unused = list(_nodes_of(self.features.values()))
+            self._witness_of_unused, self._witness = self._witness, None
+        else:
+            self.unused = list(self.features.values())
+        self.features = {}
         self._recording, self._recorded, self._watched = True, False, False
         self._without_gradient = {}
 
@@ -124,8 +131,12 @@ class Recorder:
             )
         self.features[name] = feature_of(name, output)
 
-    def end(self) -> None:
+    def end(self, output: Any = None) -> None:
         """Close the record.
+
+        Args:
+            output: of the model. Once nobody holds its part of the autograd graph, the features cannot be used any
+                more, and they are let go of: else they would keep the graph of a forward that nobody trains.
 
         Raises:
             RuntimeError: if a stage ran without gradient only.
@@ -138,6 +149,26 @@ class Recorder:
                     "use_reentrant=False, or tap the modules around the checkpointed one with stages=[...]; a part of "
                     "the model under torch.no_grad() cannot be a stage."
                 )
+        if not torch.compiler.is_compiling():
+            self._end_with(output)
+
+    def _end_with(self, output: Any) -> None:
+        """Let go of the features, or later of their nodes, as soon as the nodes that made the output are gone."""
+        nodes = {tensor.grad_fn for tensor in tensors_in(output) if tensor.grad_fn is not None}
+        if not nodes:
+            return
+        recorder, witness = weakref.ref(self), _Witness()
+        for node in nodes:
+            node.metadata[witness] = True  # type: ignore[index]  # PyTorch types the property as a method
+
+        def forget(gone: weakref.ref[_Witness]) -> None:
+            owner = recorder()
+            if owner is not None and owner._witness is gone:
+                owner.features, owner._let_go = {}, True
+            elif owner is not None and owner._witness_of_unused is gone:
+                owner.unused = []
+
+        self._witness = weakref.ref(witness, forget)
 
     def note_watched(self, features: dict[str, Tensor] | None = None) -> None:
         """Take note that the last forward was watched, and take over the features found by that."""
@@ -176,7 +207,9 @@ class Recorder:
     def abort(self) -> None:
         """Stop recording and forget all features."""
         self._recording = self._recorded = False
-        self.features, self.unused, self._result = {}, {}, None
+        self.features, self.unused, self._result = {}, [], None
+        self._witness = self._witness_of_unused = None
+        self._let_go = False
 
     @property
     def recorded(self) -> bool:
@@ -185,12 +218,14 @@ class Recorder:
 
     def take(self, logits: Tensor) -> dict[str, Tensor] | None:
         """Hand over the features and forget them; None if the logits come from another forward, even in part."""
+        if self._let_go:
+            self.abort()
+            return None
         self._note_silence()
         features, unused = self.features, self.unused
-        self.features, self.unused = {}, {}
-        self._recorded = False
+        self.abort()
         self._unused_in_a_row = 0
-        return features if computed_from(logits, _nodes_of(features), _nodes_of(unused)) else None
+        return features if computed_from(logits, _nodes_of(features.values()), _nodes_of(unused)) else None
 
     def keep_result(self, logits: Tensor, user: object, result: Any) -> None:
         """Keep what was made of the features until the logits are gone or the next forward begins."""
@@ -211,9 +246,16 @@ class Recorder:
 
     def __getstate__(self) -> dict[str, Any]:
         # Features belong to one autograd graph: they can neither be copied nor pickled, and a copy has no use for them.
-        nothing: dict[str, Any] = {"features": {}, "unused": {}, "_without_gradient": {}, "_result": None}
+        nothing: dict[str, Any] = {"features": {}, "unused": [], "_without_gradient": {}, "_result": None}
+        nothing |= {"_witness": None, "_witness_of_unused": None}
         return self.__dict__ | nothing | {"_recording": False, "_recorded": False}
 
 
-def _nodes_of(features: Mapping[str, Tensor]) -> set[Any]:
-    return {feature.grad_fn for feature in features.values() if feature.grad_fn is not None}
+class _Witness:
+    """Put into the metadata of an autograd node, it lives as long as the node."""
+
+
+def _nodes_of(features: Iterable[Any]) -> set[Any]:
+    """Return the nodes of tensors that have one; nodes are returned themselves."""
+    nodes = (feature.grad_fn if isinstance(feature, Tensor) else feature for feature in features)
+    return {node for node in nodes if node is not None}

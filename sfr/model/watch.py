@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import TensorWeakRef
 
 from sfr.model.candidates import Candidates
-from sfr.model.outputs import features_in, logits_in
+from sfr.model.outputs import features_in, logits_in, named_parts
 from sfr.model.reading import Reader
 from sfr.model.settings import StageSettings
 from sfr.model.trace import Sighting, Trace
@@ -42,7 +41,7 @@ def watch(
         named: names of the stages, if the user gave them.
         keep: whether to keep alive the outputs that may become stages.
     """
-    watcher = _Watcher(model, _batch_of(args, kwargs), settings, named, keep)
+    watcher = _Watcher(model, batches_in(args, kwargs), settings, named, keep)
     with ExitStack() as hooks:
         # Compiled parts of the model run eagerly meanwhile: the hooks are for this forward only.
         hooks.enter_context(torch.compiler.set_stance("force_eager"))
@@ -57,11 +56,11 @@ class _Watcher:
     """Takes down the outputs of the modules, one after another."""
 
     def __init__(
-        self, model: nn.Module, batch: int | None, settings: StageSettings, named: Sequence[str], keep: bool
+        self, model: nn.Module, batches: list[int], settings: StageSettings, named: Sequence[str], keep: bool
     ) -> None:
-        self._model, self._batch, self._settings, self._named = model, batch, settings, tuple(named)
+        self._model, self._batches, self._settings, self._named = model, batches, settings, tuple(named)
         self._gradient = torch.is_grad_enabled()
-        self._reader = Reader(settings, [] if batch is None else [batch], named=named)
+        self._reader = Reader(settings, batches, named=named)
         self._candidates = Candidates(model) if keep else None
         self._sightings: list[Sighting] = []
         self._outputs: dict[str, TensorWeakRef] = {}
@@ -97,8 +96,9 @@ class _Watcher:
             output: of the model.
         """
         logits = logits_in(output)
-        batch = len(logits) if logits is not None and logits.ndim > 1 else None
-        batches = dict.fromkeys(size for size in (batch, self._batch) if size is not None)
+        batches = self._batches
+        if logits is not None and logits.ndim > 1:
+            batches = list(dict.fromkeys([len(logits), *batches[:1]]))
         reader = Reader(self._settings, batches, self._sightings, self._named)
         outputs = {name: reference() for name, reference in self._outputs.items()}
         return Trace(
@@ -107,14 +107,31 @@ class _Watcher:
             counts=Counter(type(module) for module in self._model.modules()),
             logits_shape=None if logits is None else tuple(logits.shape),
             logits_node=None if logits is None else logits.grad_fn,
-            batch=self._batch,
+            batch=next(iter(self._batches), None),
             layout=self._settings.layout,
             outputs={name: feature for name, feature in outputs.items() if feature is not None},
             model=type(self._model).__name__,
         )
 
 
-def _batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """Return the length of the first axis of the first tensor among the arguments; None if there is none."""
-    tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim)
-    return next((len(tensor) for tensor in tensors), None)
+def batches_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[int]:
+    """Return what the batch may be by the input, the likeliest first.
+
+    It is the length of the first tensor, or if that lies in a list, maybe of the list: several images, or sequences of
+    several lengths.
+    """
+    arguments = (*args, *kwargs.values())
+    found = (each for argument in arguments for each in _tensors_in(argument) if each[0].ndim)
+    tensor, around = next(found, (None, ()))
+    return [] if tensor is None else list(dict.fromkeys([len(tensor), *around]))
+
+
+def _tensors_in(value: Any, around: tuple[int, ...] = (), depth: int = 4) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    """Yield the tensors in an argument, each with the lengths of the lists that it lies in."""
+    if isinstance(value, Tensor):
+        yield value, around
+    elif depth and not isinstance(value, (str, bytes, nn.Module)):
+        is_list = isinstance(value, (list, tuple)) and not hasattr(value, "_fields")
+        parts = value if is_list else named_parts(value).values()
+        for part in parts:
+            yield from _tensors_in(part, (*around, len(value)) if is_list else around, depth - 1)

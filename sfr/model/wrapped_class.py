@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -99,6 +100,19 @@ def _namespace(plain: Any, wrapper: type) -> dict[str, Any]:
             vars(copied)[RECORD] = record.for_copy(copied)
         return swap_class(copied, wrapped_class(type(copied), wrapper))
 
+    def __copy__(self: Any) -> Any:
+        copied = plain.__copy__(self) if hasattr(plain, "__copy__") else _shallow_copy(self)
+        record = record_of(self)
+        if record is not None and record_of(copied) in (None, record):
+            vars(copied)[RECORD] = record.for_copy(copied, shallow=True)
+        return swap_class(copied, wrapped_class(type(copied), wrapper))
+
+    def __prepare_scriptable__(self: Any) -> Any:
+        """Return the plain model, on the same parameters and buffers, for TorchScript, which compiles no tap."""
+        shared = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        twin = take_off(copy.deepcopy(self, shared), wrapper)
+        return plain.__prepare_scriptable__(twin) if hasattr(plain, "__prepare_scriptable__") else twin
+
     namespace = {
         "__module__": plain.__module__,
         "__qualname__": plain.__qualname__,
@@ -106,9 +120,31 @@ def _namespace(plain: Any, wrapper: type) -> dict[str, Any]:
         "__init__": __init__,
         "__call__": __call__,
         "__reduce_ex__": __reduce_ex__,
+        "__copy__": __copy__,
+        "__prepare_scriptable__": __prepare_scriptable__,
         PLAIN: plain,
     }
     return namespace | ({"__deepcopy__": __deepcopy__} if hasattr(plain, "__deepcopy__") else {})
+
+
+def _shallow_copy(model: Any) -> nn.Module:
+    """Return what ``copy.copy`` makes of a model whose class says nothing of it."""
+    make, args, state, *_ = model.__reduce_ex__(4)
+    copied: nn.Module = make(*args)
+    copied.__setstate__(state)
+    return copied
+
+
+def take_off(model: nn.Module, wrapper: type) -> nn.Module:
+    """Undo the wrapping of a model in place, and return it; a model that is not wrapped is returned as it is."""
+    record = vars(model).pop(RECORD, None)
+    if record is None:
+        return model
+    record.recorder.detach()
+    swap_class(model, plain_class(type(model), wrapper))
+    if isinstance(model, torch.fx.GraphModule):
+        model.recompile()  # its code lies in its class, and may have been put into the one it had meanwhile
+    return model
 
 
 def _rebuilt(wrapper: type, make: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Module:

@@ -13,6 +13,7 @@ sys.path.insert(0, str(FOLDER))
 collect_ignore = [
     "ranks.py",
     "join_ranks.py",
+    "agreeing_ranks.py",
 ]  # no doctests, and it would load Accelerate into the process of the tests
 
 from group_norm import group_norm_net  # noqa: E402

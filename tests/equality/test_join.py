@@ -28,3 +28,8 @@ def test_what_ranks_exchange_is_an_error_on_each_of_them_before_the_first_step(t
 @pytest.mark.parametrize("options", [{"smoothing": "none"}, {"smoothing": "uniform"}], ids=["none", "uniform"])
 def test_where_nothing_is_exchanged_all_ranks_train(tmp_path, options):
     assert outcomes(tmp_path, options) == ["trained 2", "trained 3"]
+
+
+def test_after_the_end_of_join_the_ranks_train_and_inside_the_next_one_it_is_an_error_again(tmp_path):
+    for outcome in outcomes(tmp_path, {"smoothing": "class_mean", "after": True}):
+        assert outcome.startswith("trained 2, then with model.join(), a rank that has run out of batches")

@@ -194,3 +194,36 @@ def test_a_saved_state_passes_between_wrapped_and_plain_models(make_net, model, 
     assert type(unwrapped) is Scaled
     assert not any(module._forward_hooks for module in unwrapped.modules())
     assert torch.equal(unwrapped(batch[0]), plain(batch[0]))
+
+
+class Parametrized(Scaled):
+    """Says itself how it is copied."""
+
+    def __copy__(self):
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+
+@pytest.mark.parametrize("kind", [Scaled, Parametrized], ids=["as usual", "by its own rule"])
+@pytest.mark.parametrize("discovered", [True, False], ids=["after discovery", "before discovery"])
+def test_a_shallow_copy_trains_and_is_unwrapped_without_the_original_and_the_other_way_round(
+    make_net, batch, kind, discovered
+):
+    def trains(model):
+        criterion = sfr.SFRLoss(model)
+        criterion(model(batch[0]), batch[1]).backward()
+        return len(criterion.last.pairs) == 3
+
+    model = sfr.SFRWrapper(kind(make_net()), **({"example_input": batch[0]} if discovered else {}))
+    first, second = copy.copy(model), copy.copy(model)
+    assert isinstance(first, kind)
+    assert first.scale is model.scale
+    assert trains(first)
+    assert trains(model)
+    assert type(first.unwrap()) is kind
+    assert trains(model)
+    model.unwrap()
+    assert trains(second)
+    second.unwrap()
+    assert not any(module._forward_hooks for module in model.modules())
