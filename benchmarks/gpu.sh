@@ -3,14 +3,15 @@
 # Correctness of the device's paths first, then the solvers, then what a training step costs: about ten minutes.
 # With the folder also the accuracy of ResNet-18 over 200 epochs, arm by arm: hours, resumed by the same command.
 set -euo pipefail
+data=${1:+$(cd "$1" && pwd)}
 cd "$(dirname "$0")/.."
 python -m pytest -p no:cacheprovider tests/test_gpu.py tests/test_fused.py
-python benchmarks/transport.py --device cuda --batch-size 256
-overhead=(python benchmarks/overhead.py --device cuda --precision bf16 --channels-last --repeats 50)
+python -m benchmarks.transport --device cuda --batch-size 256
+overhead=(python -m benchmarks.step_cost.overhead --device cuda --precision bf16 --channels-last --repeats 50)
 "${overhead[@]}" --models resnet18 --output benchmarks/results/overhead-cuda-resnet18.json
 "${overhead[@]}" --models resnet50 --image-size 224 --output benchmarks/results/overhead-cuda-resnet50-224.json
-if [ $# -gt 0 ]; then
-    python benchmarks/accuracy.py --device cuda --data-dir "$1" --plan gpu
-    python benchmarks/arm_costs.py --device cuda --data-dir "$1" --schedule full-200 --model resnet18
-    python benchmarks/report.py
+if [ -n "$data" ]; then
+    python -m benchmarks.accuracy --device cuda --data-dir "$data" --plan gpu
+    python -m benchmarks.step_cost.arm_costs --device cuda --data-dir "$data" --schedule full-200 --model resnet18
+    python -m benchmarks.accuracy.report
 fi

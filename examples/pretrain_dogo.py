@@ -17,22 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import set_seed
-from cifar_data import SOURCES, Labelled, Splits, load_splits
-from cifar_models import build_model
-from epoch_run import EpochTrainer, build_accelerator, run_epochs
-from frozen_features import knn_accuracy, linear_accuracy
-from run_folder import Record
 from torch import Tensor, nn
 from torch.optim import Adam
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.v2.functional import normalize
-from train_cifar import positive
-from two_views import augment
 
+from common import data, frozen_features, models, options, runs, two_views
 from sfr.pretrain import DoGoLoss, TwoViewNetwork
 
 NAMES = ("first", "second")
@@ -45,138 +38,126 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> "PairTrainer":
-    """Pre-train as the command line `argv` says; return the trainer, which holds networks and data."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Pre-train as the command line `argv` says."""
     args = parse_arguments(argv)
-    accelerator = build_accelerator(args)
-
-    def load() -> Splits:
-        return load_splits(args.dataset, args.data_dir, args.limit)
-
-    trainer = run_epochs(PairTrainer, load, args, accelerator, {})
+    accelerator = runs.build_accelerator(args)
+    pretrain(args, accelerator)
     accelerator.end_training()
-    return trainer
 
 
-class PairTrainer(EpochTrainer):
-    """Two networks, an optimizer and views for each, prepared for the devices of this run."""
-
-    criterion: DoGoLoss
-
-    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, splits: Splits) -> None:
-        super().__init__(args, accelerator, splits)
-        self.args, self.source, self.last_epoch = args, SOURCES[args.dataset], args.epochs
+def pretrain(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Go through one whole run, from its data set to its folder."""
+    with runs.opened(args, accelerator, {}) as run:
+        splits = run.load(lambda: data.load_splits(args.dataset, args.data_dir, args.limit))
         parts = splits.train.data, splits.test.data
-        self.train_loader = self._loader(parts[0], shuffle=True)
-        self.loaders = [self._loader(part, shuffle=False) for part in parts]
+        train_loader = loader_of(parts[0], args, accelerator, shuffle=True)
+        loaders = [loader_of(part, args, accelerator) for part in parts]
         some = (part.take(torch.arange(min(CURVE_IMAGES, len(part.labels)))) for part in parts)
-        self.curve_loaders = [self._loader(part, shuffle=False) for part in some]
-        self.criterion = DoGoLoss(args.objective, weights=(args.weight, args.weight))
+        curve_loaders = [loader_of(part, args, accelerator) for part in some]
+
+        criterion = DoGoLoss(args.objective, weights=(args.weight, args.weight))
         set_seed(args.seed)  # the same initial weights in all processes ...
-        self.networks = [self._network(name) for name in args.models]
+        networks = [build(name, args, accelerator) for name in args.models]
         set_seed(args.seed, device_specific=True)  # ... but views of their own
-        self.optimizers = [
-            accelerator.prepare(Adam(network.parameters(), args.lr, weight_decay=1e-6)) for network in self.networks
-        ]
+        optimizers = [accelerator.prepare(Adam(net.parameters(), args.lr, weight_decay=1e-6)) for net in networks]
+        pair = dict(zip(NAMES, networks, strict=True))
 
-    def _network(self, name: str) -> Any:
-        try:
-            network = TwoViewNetwork(build_model(name, self.source.num_classes), self.args.objective)
-        except ValueError as error:
-            raise SystemExit(f"--models {name}: {error}") from error
-        return self.accelerator.prepare(network.to(memory_format=torch.channels_last))
+        for epoch in run.epochs(train_loader, args.epochs * len(train_loader), criterion, describe(pair, args)):
+            for network in networks:
+                network.train()
+            for pixels, _ in epoch:  # labels are not looked at
+                embeddings = [network(view(pixels, args), view(pixels, args)) for network in networks]
+                if args.method == "dogo":
+                    losses = criterion(*embeddings)
+                    epoch.note(**{f"{name}_loss": part for name, part in criterion.last.items()})
+                else:
+                    losses = [criterion(own) for own in embeddings]
+                    epoch.note(**{f"ssl_{name}_loss": loss for name, loss in zip(NAMES, losses, strict=True)})
+                accelerator.backward(sum(losses))  # each loss reaches its own network only
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+            for network in networks:
+                runs.average_buffers(accelerator, network)
+            record: dict[str, Any] = {"epoch": epoch.number, **epoch.means()}
+            for name, network in pair.items():
+                train, test = (encode(network, loader, args, accelerator) for loader in curve_loaders)
+                record[f"{name}_knn_accuracy"] = frozen_features.knn_accuracy(*train, *test)
+            run.keep(record)
 
-    def _loader(self, data: Labelled, shuffle: bool) -> Any:
-        """Batches of pixels and labels; whole ones only where we train."""
-        images = TensorDataset(data.pixels, data.labels)
-        return self.accelerator.prepare(DataLoader(images, self.args.batch_size, shuffle=shuffle, drop_last=shuffle))
+        end: dict[str, Any] = {}
+        for name, network in pair.items():
+            train, test = (encode(network, loader, args, accelerator) for loader in loaders)
+            end[f"{name}_knn_accuracy"] = frozen_features.knn_accuracy(*train, *test)
+            end[f"{name}_linear_accuracy"] = frozen_features.linear_accuracy(
+                *train, *test, data.SOURCES[args.dataset].num_classes
+            )
+        plain = {name: accelerator.unwrap_model(network) for name, network in pair.items()}
+        run.finish(nn.ModuleDict(plain).state_dict(), end)  # `first.encoder...`, `second.encoder...`
 
-    def train_epoch(self, epoch: int) -> Record:
-        """Train both networks for one epoch; return the means of the parts of their losses."""
-        parts = self.train_steps(epoch, len(self.train_loader))
-        return {name: part.item() for name, part in parts.items()}
 
-    def _step(self, *batch: Tensor) -> dict[str, Tensor]:
-        pixels, _ = batch
-        embeddings = [network(self._view(pixels), self._view(pixels)) for network in self.networks]
-        if self.args.method == "dogo":
-            losses = self.criterion(*embeddings)
-            parts = {f"{name}_loss": part for name, part in self.criterion.last.items()}
-        else:
-            losses = [self.criterion(own) for own in embeddings]
-            parts = {f"ssl_{name}_loss": loss.detach() for name, loss in zip(NAMES, losses, strict=True)}
-        self.accelerator.backward(sum(losses))  # each loss reaches its own network only
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        return parts
+def build(name: str, args: argparse.Namespace, accelerator: Accelerator) -> Any:
+    """Return a network with the heads of the objective, prepared for the devices of this run."""
+    try:
+        network = TwoViewNetwork(models.build_model(name, data.SOURCES[args.dataset].num_classes), args.objective)
+    except ValueError as error:
+        raise SystemExit(f"--models {name}: {error}") from error
+    return accelerator.prepare(network.to(memory_format=torch.channels_last))
 
-    def _view(self, pixels: Tensor) -> Tensor:
-        view = augment(pixels / 255, self.args.image_size, self.args.smallest_crop, self.source.flip)
-        return normalize(view, list(self.source.mean), list(self.source.std))
 
-    def description(self) -> str:
-        """The two networks, the objective and the size of the views."""
-        sizes = (sum(parameter.numel() for parameter in network.parameters()) for network in self.networks)
-        pair = (f"{name} ({size:,} parameters)" for name, size in zip(self.args.models, sizes, strict=True))
-        return f"{' and '.join(pair)}, {self.args.objective} on views of {self.args.image_size}x{self.args.image_size}"
+def loader_of(part: data.Labelled, args: argparse.Namespace, accelerator: Accelerator, shuffle: bool = False) -> Any:
+    """Batches of pixels and labels; whole ones only where we train."""
+    images = TensorDataset(part.pixels, part.labels)
+    return accelerator.prepare(DataLoader(images, args.batch_size, shuffle=shuffle, drop_last=shuffle))
 
-    def evaluate_curve(self) -> Record:
-        """Nearest-neighbour accuracy on some of the images."""
-        result: Record = {}
-        for name, network in self.named():
-            train, test = (self.encode(network, loader) for loader in self.curve_loaders)
-            result[f"{name}_knn_accuracy"] = knn_accuracy(*train, *test)
-        return result
 
-    def evaluate_end(self) -> Record:
-        """Nearest-neighbour and linear accuracy of both encoders on all images."""
-        result: Record = {}
-        for name, network in self.named():
-            train, test = (self.encode(network, loader) for loader in self.loaders)
-            result[f"{name}_knn_accuracy"] = knn_accuracy(*train, *test)
-            result[f"{name}_linear_accuracy"] = linear_accuracy(*train, *test, self.source.num_classes)
-        return result
+def view(pixels: Tensor, args: argparse.Namespace) -> Tensor:
+    """Return one random view of each image, normalised."""
+    source = data.SOURCES[args.dataset]
+    views = two_views.augment(pixels / 255, args.image_size, args.smallest_crop, source.flip)
+    return normalize(views, list(source.mean), list(source.std))
 
-    @torch.no_grad()
-    def encode(self, network: nn.Module, loader: Any) -> tuple[Tensor, Tensor]:
-        """Return features (N, dim) in float32 and labels (N,) of the plain images, on every process."""
-        network.eval()
-        batches = []
-        for pixels, labels in loader:
-            images = F.interpolate(pixels / 255, (self.args.image_size,) * 2, mode="bilinear", antialias=True)
-            images = normalize(images, list(self.source.mean), list(self.source.std))
-            with self.accelerator.autocast():
-                features = self.accelerator.unwrap_model(network).features(images)
-            batches.append(self.accelerator.gather_for_metrics((features.float(), labels)))
-        features, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        return features, labels
 
-    def named(self) -> list[tuple[str, nn.Module]]:
-        return list(zip(NAMES, self.networks, strict=True))
+def describe(pair: dict[str, nn.Module], args: argparse.Namespace) -> str:
+    """The two networks, the objective and the size of the views."""
+    sizes = (sum(parameter.numel() for parameter in network.parameters()) for network in pair.values())
+    named = (f"{name} ({size:,} parameters)" for name, size in zip(args.models, sizes, strict=True))
+    return f"{' and '.join(named)}, {args.objective} on views of {args.image_size}x{args.image_size}"
 
-    def weights(self) -> dict[str, Tensor]:
-        """Both networks in one state dict: `first.encoder...`, `second.encoder...`."""
-        pair = {name: self.accelerator.unwrap_model(network) for name, network in self.named()}
-        return nn.ModuleDict(pair).state_dict()
+
+@torch.no_grad()
+def encode(
+    network: nn.Module, loader: Any, args: argparse.Namespace, accelerator: Accelerator
+) -> tuple[Tensor, Tensor]:
+    """Return features (N, dim) in float32 and labels (N,) of the plain images, on every process."""
+    network.eval()
+    batches = []
+    for pixels, labels in loader:
+        images = two_views.plain_view(pixels, args.image_size, data.SOURCES[args.dataset])
+        with accelerator.autocast():
+            features = accelerator.unwrap_model(network).features(images)
+        batches.append(accelerator.gather_for_metrics((features.float(), labels)))
+    features, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return features, labels
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--dataset", choices=list(SOURCES), default="digits", help="digits needs no download")
+    add("--dataset", choices=list(data.SOURCES), default="digits", help="digits needs no download")
     add("--data-dir", type=Path, help="folder with CIFAR's Parquet files, in place of the Hub")
     add("--models", nargs=2, default=["resnet8", "resnet20"], help="as --model of train_cifar.py; may differ")
     add("--method", choices=["dogo", "alone"], default="dogo", help="with or without the peer")
     add("--objective", choices=["simclr", "simsiam"], default="simclr")
     add("--weight", type=float, default=100 / 256, help="of the mutual term; the authors' w is w / batch here")
-    add("--epochs", type=positive, help="default 10 for digits, 200 for CIFAR")
-    add("--batch-size", type=positive, help="global; default 128 for digits, 256 for CIFAR")
-    add("--image-size", type=positive, help="of the views; default 16 for digits, 32 for CIFAR")
+    add("--epochs", type=options.positive, help="default 10 for digits, 200 for CIFAR")
+    add("--batch-size", type=options.positive, help="global; default 128 for digits, 256 for CIFAR")
+    add("--image-size", type=options.positive, help="of the views; default 16 for digits, 32 for CIFAR")
     add("--smallest-crop", type=float, help="share of the image; default 0.5 for digits, 0.2 for CIFAR")
     add("--lr", type=float, default=1e-3, help="of Adam; the authors' is 3e-4, over 1000 epochs")
     add("--seed", type=int, default=0)
-    add("--limit", type=positive, metavar="N", help="first N training and test images only")
+    add("--limit", type=options.positive, metavar="N", help="first N training and test images only")
     add("--output-dir", type=Path, help="default runs/dogo-DATASET-METHOD-seedSEED, if taken with -2, -3 ...")
     add("--resume", action="store_true", help="continue the run in --output-dir, default the newest; or start one")
     add("--tracker", choices=["none", *LOGGER_TYPE_TO_CLASS], default="none")

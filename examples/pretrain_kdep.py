@@ -13,23 +13,20 @@ train_cifar.py: a killed run continues in the stage where it was, after its last
 import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import timm
 import torch
 import torchvision
-from accelerate import DistributedDataParallelKwargs
-from cifar_data import IMAGE_SIZE, SOURCES
-from cifar_models import build_model, torchvision_names
-from epoch_run import build_accelerator, run_config
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import set_seed
 from matplotlib.figure import Figure
-from run_folder import Record, claimed
 from torch import Tensor, nn
+from torch.optim import SGD
 from tqdm.auto import tqdm
-from train_cifar import Trainer, fraction, positive, read_weights, train
-from train_cifar import parse_arguments as parse_train_cifar
-from whole_file import replace_file
 
+import train_cifar
+from common import atomic_file, data, learning_rate, models, options, run_folder, runs, weights
 from sfr.pretrain import Alignment, KDEPLoss, PooledFeatures, fit_alignment, power_temperature_scaling
 from sfr.pretrain.kdep import Aligner
 
@@ -39,8 +36,8 @@ PRETRAINED_SIZE = 224  # side of the images that the libraries' own weights were
 def main(argv: Sequence[str] | None = None) -> nn.Module:
     """Teacher, pre-training, fine-tuning; return the fine-tuned student."""
     args = parse_arguments(argv)
-    config = run_config(args, build_accelerator(args))
-    with claimed(args.output_dir, args.default_output_dir, config, args.resume) as root:
+    config = runs.run_config(args, runs.build_accelerator(args))
+    with run_folder.claimed(args.output_dir, args.default_output_dir, config, args.resume) as root:
         return go_through_stages(root.path, args)
 
 
@@ -61,17 +58,55 @@ def classify(folder: Path, args: argparse.Namespace, arguments: list[str], epoch
             common += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     if args.resume:
         common.append("--resume")
-    stage = parse_train_cifar([*common, *arguments])
-    return train(stage, build_accelerator(stage), Trainer)
+    stage = train_cifar.parse_arguments([*common, *arguments])
+    return train_cifar.train(stage, runs.build_accelerator(stage))
 
 
-def pretrain(folder: Path, args: argparse.Namespace) -> nn.Module:
+def pretrain(folder: Path, args: argparse.Namespace) -> None:
     """Train the student on the teacher's features; its folder holds what a run of train_cifar.py holds."""
     others = ("target", "teacher_epochs", "finetune_epochs", "finetune_lr")
-    stage = argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in others})
-    stage.output_dir = folder
+    args = argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in others})
+    args.output_dir = folder
     unused_classifier = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return train(stage, build_accelerator(stage, unused_classifier), Pretrainer)
+    accelerator = runs.build_accelerator(args, unused_classifier)
+    with runs.opened(args, accelerator, {"sfr": None}) as run:
+        splits = run.load(lambda: data.load_splits(args.dataset, args.data_dir, args.limit, args.val_fraction))
+        train_loader, test_loader = run.loader(splits.train, shuffle=True), run.loader(splits.test)
+        curve_loader, curve = test_loader, "test"
+        if splits.validation is not None:
+            curve_loader, curve = run.loader(splits.validation), "val"
+
+        set_seed(args.seed)  # the same initial weights in all processes ...
+        teacher, student = build(args, accelerator.device)
+        loss = fitted_loss(teacher, student, train_loader, test_loader, args, accelerator)
+        model: Any = Distillation(student, loss).to(accelerator.device)
+        set_seed(args.seed, device_specific=True)  # ... but crops and flips of their own
+        optimizer = SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
+        steps = args.epochs * len(train_loader)
+        schedule = learning_rate.warmup_then_cosine(optimizer, steps)
+        model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+        steps = min(steps, args.max_steps or steps)
+        size = sum(parameter.numel() for parameter in model.parameters())
+
+        for epoch in run.epochs(train_loader, steps, loss, f"{args.model}: {size:,} parameters"):
+            model.train()
+            lr = schedule.get_last_lr()[0]
+            for images, _, _ in epoch:  # labels are not looked at
+                with torch.no_grad(), accelerator.autocast():
+                    target = teacher(images)
+                distance = model(images, target)
+                epoch.note(loss=distance)
+                accelerator.backward(distance)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            runs.average_buffers(accelerator, model)
+            means = {f"train_{name}": mean for name, mean in epoch.means().items()}
+            trained = {"epoch": epoch.number, "step": epoch.last_step, "lr": lr, **means, **epoch.speed()}
+            run.keep({**trained, **evaluate(model, teacher, curve_loader, curve, accelerator)})
+
+        end = evaluate(model, teacher, test_loader, "test", accelerator)
+        run.finish(students_own(accelerator.get_state_dict(model)), end)
 
 
 class Distillation(nn.Module):
@@ -86,86 +121,96 @@ class Distillation(nn.Module):
         return self.loss(self.student(images), teacher)
 
 
-class Pretrainer(Trainer):
-    """The loop of train_cifar.py with the teacher's features in the place of the labels."""
-
-    def _build(self, args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
-        device, classes = self.accelerator.device, SOURCES[args.dataset].num_classes
-        self.teacher = PooledFeatures(load_teacher(args.teacher, args.teacher_weights, classes), args.teacher_at)
-        self.teacher.requires_grad_(False).to(memory_format=torch.channels_last).to(device).eval()
-        student = build_model(args.model, classes).to(memory_format=torch.channels_last).to(device)
-        alignment = self._fit(width_of(student))  # also on --resume, where the checkpoint then overwrites it
-        if self.accelerator.is_main_process:
-            file = args.output_dir / "alignment.pt"
-            replace_file(file, lambda partial: torch.save(alignment.state_dict(), partial))
-            projected = alignment(self._teacher_features(self.test_loader))
-            plot_alignment(alignment, projected, args, file.with_suffix(".png"))
-        loss = KDEPLoss(
-            alignment, args.aligner, temperature=args.temperature, power=args.power, weight=args.weight, seed=args.seed
-        )
-        return Distillation(student, loss).to(device), loss
-
-    def _fit(self, width: int) -> Alignment:
-        """Mean and principal axes over the training images, one augmented view of each, on all processes."""
-        disable = not self.accelerator.is_main_process
-        with self.accelerator.autocast():
-            try:
-                return fit_alignment(
-                    self.teacher, tqdm(self.train_loader, "alignment", disable=disable, leave=False), width
-                )
-            except ValueError as error:
-                raise SystemExit(f"--teacher and --model: {error}") from error
-
-    @torch.no_grad()
-    def _teacher_features(self, loader: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        """Of this process's share of the images."""
-        with self.accelerator.autocast():
-            return torch.cat([self.teacher(images) for images, _ in loader])
-
-    def _loss(self, images: Tensor, labels: Tensor, index: Tensor) -> Tensor:
-        with torch.no_grad(), self.accelerator.autocast():
-            teacher = self.teacher(images)
-        return self.model(images, teacher)
-
-    def weights(self) -> dict[str, Tensor]:
-        """The student's alone, with its own names."""
-        prefix = "student.model."
-        return {
-            name.removeprefix(prefix): value for name, value in super().weights().items() if name.startswith(prefix)
-        }
-
-    @torch.no_grad()
-    def evaluate(self, loader: Iterable[tuple[Tensor, Tensor]], part: str) -> Record:
-        """The loss on images not trained on."""
-        distillation = self.accelerator.unwrap_model(self.model).eval()
-        pairs = []
-        for images, _ in loader:
-            with self.accelerator.autocast():
-                pair = distillation.student(images), self.teacher(images)
-            pairs.append(self.accelerator.gather_for_metrics(pair))
-        student, teacher = (torch.cat(features) for features in zip(*pairs, strict=True))
-        return {f"{part}_loss": distillation.loss(student, teacher).item()}
+def students_own(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of the student alone, with its own names."""
+    prefix = "student.model."
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
-def load_teacher(name: str, weights: str, classes: int) -> nn.Module:
+def build(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """Return the features of the frozen teacher, and the student."""
+    classes = data.SOURCES[args.dataset].num_classes
+    teacher = PooledFeatures(load_teacher(args.teacher, args.teacher_weights, classes), args.teacher_at)
+    teacher.requires_grad_(False).to(memory_format=torch.channels_last).to(device).eval()
+    return teacher, models.build_model(args.model, classes).to(memory_format=torch.channels_last).to(device)
+
+
+def fitted_loss(
+    teacher: nn.Module,
+    student: nn.Module,
+    train_loader: Any,
+    test_loader: Any,
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+) -> KDEPLoss:
+    """Return the loss with its alignment, which is fitted, saved and plotted."""
+    width = width_of(student)
+    alignment = fit(teacher, train_loader, width, accelerator)  # also on --resume: the checkpoint then overwrites it
+    if accelerator.is_main_process:
+        file = args.output_dir / "alignment.pt"
+        atomic_file.replace_file(file, lambda partial: torch.save(alignment.state_dict(), partial))
+        projected = alignment(features_of(teacher, test_loader, accelerator))
+        plot_alignment(alignment, projected, args, file.with_suffix(".png"))
+    return KDEPLoss(
+        alignment, args.aligner, temperature=args.temperature, power=args.power, weight=args.weight, seed=args.seed
+    )
+
+
+def fit(teacher: nn.Module, loader: Any, width: int, accelerator: Accelerator) -> Alignment:
+    """Mean and principal axes over the training images, one augmented view of each, on all processes."""
+    disable = not accelerator.is_main_process
+    with accelerator.autocast():
+        try:
+            return fit_alignment(teacher, tqdm(loader, "alignment", disable=disable, leave=False), width)
+        except ValueError as error:
+            raise SystemExit(f"--teacher and --model: {error}") from error
+
+
+@torch.no_grad()
+def features_of(teacher: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], accelerator: Accelerator) -> Tensor:
+    """Of this process's share of the images."""
+    with accelerator.autocast():
+        return torch.cat([teacher(images) for images, _ in loader])
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    teacher: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    part: str,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """The loss on images not trained on."""
+    distillation = accelerator.unwrap_model(model).eval()
+    pairs = []
+    for images, _ in loader:
+        with accelerator.autocast():
+            pair = distillation.student(images), teacher(images)
+        pairs.append(accelerator.gather_for_metrics(pair))
+    student, target = (torch.cat(features) for features in zip(*pairs, strict=True))
+    return {f"{part}_loss": distillation.loss(student, target).item()}
+
+
+def load_teacher(name: str, file: str, classes: int) -> nn.Module:
     """The network called `name` with the weights in a file, or with its library's own, for which images grow."""
-    if weights == "pretrained":
-        in_torchvision = name in torchvision_names()
+    if file == "pretrained":
+        in_torchvision = name in models.torchvision_names()
         build = torchvision.models.get_model if in_torchvision else timm.create_model
         options = {"weights": "DEFAULT"} if in_torchvision else {"pretrained": True}
         return nn.Sequential(nn.Upsample(PRETRAINED_SIZE, mode="bilinear"), build(name, **options))
-    teacher = build_model(name, classes)
+    teacher = models.build_model(name, classes)
     try:
-        teacher.load_state_dict(read_weights(weights, "--teacher-weights"))
+        teacher.load_state_dict(weights.read_weights(file, "--teacher-weights"))
     except RuntimeError as error:
-        raise SystemExit(f"--teacher-weights: {weights} does not fit {name} with {classes} classes: {error}") from error
+        raise SystemExit(f"--teacher-weights: {file} does not fit {name} with {classes} classes: {error}") from error
     return teacher
 
 
 @torch.no_grad()
 def width_of(student: nn.Module) -> int:
     training = student.training
-    image = next(student.parameters()).new_zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    image = next(student.parameters()).new_zeros(1, 3, data.IMAGE_SIZE, data.IMAGE_SIZE)
     width = PooledFeatures(student.eval())(image).shape[1]
     student.train(training)
     return width
@@ -193,8 +238,13 @@ def plot_alignment(alignment: Alignment, projected: Tensor, args: argparse.Names
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--dataset", choices=list(SOURCES), default="digits", help="images to pre-train on, and labels of the teacher")
-    add("--target", choices=list(SOURCES), help="data set to fine-tune on; default --dataset")
+    add(
+        "--dataset",
+        choices=list(data.SOURCES),
+        default="digits",
+        help="images to pre-train on, and labels of the teacher",
+    )
+    add("--target", choices=list(data.SOURCES), help="data set to fine-tune on; default --dataset")
     add("--data-dir", type=Path, help="folder with CIFAR's Parquet files, in place of the Hub")
     add("--teacher", help="at least as wide as the student; default resnet20 for digits, wrn_16_2 for CIFAR")
     add("--teacher-weights", metavar="FILE", help="a model.pt, or `pretrained`; default: train the teacher first")
@@ -204,17 +254,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--temperature", type=float, default=0.1)
     add("--power", type=float, default=3.0)
     add("--weight", type=float, default=3.0, help="of the loss; the authors use 3 or 20")
-    add("--teacher-epochs", type=positive, help="default 5 for digits, 200 for CIFAR")
-    add("--epochs", type=positive, help="of pre-training; default 6 for digits, 90 for CIFAR")
-    add("--finetune-epochs", type=positive, help="default 4 for digits, 150 for CIFAR")
-    add("--batch-size", type=positive, default=128, help="global, split over the processes")
+    add("--teacher-epochs", type=options.positive, help="default 5 for digits, 200 for CIFAR")
+    add("--epochs", type=options.positive, help="of pre-training; default 6 for digits, 90 for CIFAR")
+    add("--finetune-epochs", type=options.positive, help="default 4 for digits, 150 for CIFAR")
+    add("--batch-size", type=options.positive, default=128, help="global, split over the processes")
     add("--lr", type=float, default=0.1, help="of pre-training, peak")
     add("--finetune-lr", type=float, default=0.05, help="peak")
     add("--weight-decay", type=float, default=5e-4)
     add("--seed", type=int, default=0)
-    add("--val-fraction", type=fraction, default=0.0, help="hold out this part of the images")
-    add("--max-steps", type=positive, help="stop pre-training after so many optimizer steps")
-    add("--limit", type=positive, metavar="N", help="first N training and test images only")
+    add("--val-fraction", type=options.fraction, default=0.0, help="hold out this part of the images")
+    add("--max-steps", type=options.positive, help="stop pre-training after so many optimizer steps")
+    add("--limit", type=options.positive, metavar="N", help="first N training and test images only")
     add("--num-workers", type=int, default=0, help="loading processes per training process")
     add("--output-dir", type=Path, help="default runs/kdep-DATASET-TEACHER-STUDENT-ALIGNER-seedSEED")
     add("--resume", action="store_true", help="continue the run in --output-dir, default the newest; or start one")

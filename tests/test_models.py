@@ -1,4 +1,4 @@
-"""Two lines and no argument, on one small model of every kind; benchmarks/zoo.py does the same on all there are."""
+"""Two lines and no argument, on one small model of every kind; `python -m benchmarks.models` tries all there are."""
 
 import re
 from functools import partial

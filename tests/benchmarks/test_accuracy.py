@@ -1,19 +1,22 @@
 import argparse
 import json
 
-import accuracy
-import cell
-import corruptions
-import images
 import numpy as np
 import pytest
 import torch
-from accuracy import SCHEDULES
-from cell import Cell, CellRun, Schedule, judged, run_cell
-from cifar_data import SOURCES, Labelled
-from cifar_metrics import ClassificationMetric
-from images import Batches, Parts, few_per_class, load_parts, resized, with_noise
-from learning_rate import warmup_then_cosine
+
+from benchmarks.accuracy import corruptions, runner, training
+from benchmarks.accuracy.cell import CELLS, Cell, Schedule
+from benchmarks.accuracy.methods import known_arm
+from benchmarks.accuracy.plans import PLANS, SCHEDULES
+from benchmarks.accuracy.training import CellRun, judged, run_cell
+from benchmarks.common import data
+from benchmarks.common.data import Parts, load_parts
+from benchmarks.common.images import Batches, resized
+from benchmarks.common.labels import few_labels, with_noise
+from examples.common.data import SOURCES, Labelled
+from examples.common.learning_rate import warmup_then_cosine
+from examples.common.metrics import ClassificationMetric
 
 CPU = torch.device("cpu")
 TINY = Schedule(epochs=3, batch_size=8, per_class=2, image_size=16)
@@ -109,11 +112,11 @@ def test_smaller_images_are_means_of_blocks():
 
 
 def test_few_labels_are_as_many_of_each_class_and_differ_by_seed():
-    data = some_images(9)
-    few, other = (few_per_class(data, 3, torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    assert few.labels.bincount().tolist() == [3] * 10
-    assert len(few.pixels.flatten(1).unique(dim=0)) == 30
-    assert not torch.equal(few.pixels, other.pixels)
+    labels = torch.arange(10).repeat(9)
+    few, other = (few_labels(labels, 3, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert labels[few].bincount().tolist() == [3] * 10
+    assert len(few.unique()) == 30
+    assert not torch.equal(few, other)
 
 
 def test_label_noise_replaces_exactly_its_share_by_all_other_classes():
@@ -127,7 +130,7 @@ def test_label_noise_replaces_exactly_its_share_by_all_other_classes():
 
 
 def test_held_out_images_are_taken_from_the_training_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "HELD_OUT", 10)
+    monkeypatch.setattr(data, "HELD_OUT", 10)
     train, test = some_images(10), some_images(2, seed=1)
     cached_images(tmp_path, train, test)
     choices = load_parts("cifar10", None, tmp_path, "held-out")
@@ -172,8 +175,8 @@ def test_runs_of_one_seed_share_weights_images_and_wrong_labels_whatever_the_arm
 
 def test_a_killed_cell_goes_on_to_the_same_result(tmp_path, monkeypatch):
     cached_images(tmp_path / "cache", some_images(20), some_images(30, seed=1))
-    monkeypatch.setattr(cell, "SAVE_EVERY", 0)
-    monkeypatch.setattr(cell, "CORRUPTED_IMAGES", 20)
+    monkeypatch.setattr(training, "SAVE_EVERY", 0)
+    monkeypatch.setattr(training, "CORRUPTED_IMAGES", 20)
     task = Cell("sfr", 0, "test", "tiny", "resnet8", "cifar10")
 
     def run(results):
@@ -200,7 +203,7 @@ def test_a_killed_cell_goes_on_to_the_same_result(tmp_path, monkeypatch):
 
 
 def test_held_out_cells_are_not_judged_on_corrupted_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "HELD_OUT", 20)
+    monkeypatch.setattr(data, "HELD_OUT", 20)
     cached_images(tmp_path, some_images(20), some_images(2, seed=1))
     task = Cell("vanilla", 0, "held-out", "tiny", "resnet8", "cifar10")
     run_cell(task, TINY, None, tmp_path, tmp_path, CPU)
@@ -225,9 +228,17 @@ def test_brightness_raises_the_value_of_each_pixel():
 
 
 def run_main(monkeypatch, folder, *arguments):
-    line = ["accuracy.py", "--results", str(folder / "results"), "--cache", str(folder / "cache"), "--device", "cpu"]
+    line = [
+        "benchmarks.accuracy",
+        "--results",
+        str(folder / "results"),
+        "--cache",
+        str(folder / "cache"),
+        "--device",
+        "cpu",
+    ]
     monkeypatch.setattr("sys.argv", [*line, *arguments])
-    accuracy.main()
+    runner.main()
 
 
 def test_the_runner_runs_missing_cells_only_and_names_those_that_failed(tmp_path, monkeypatch, capfd):
@@ -249,18 +260,18 @@ def test_the_runner_runs_missing_cells_only_and_names_those_that_failed(tmp_path
 
 
 def test_the_remaining_time_counts_images_and_pixels():
-    sizes = [accuracy.size(Cell("vanilla", 0, "test", name)) for name in ("tenth-16px", "tenth", "full-30")]
+    sizes = [runner.size(Cell("vanilla", 0, "test", name)) for name in ("tenth-16px", "tenth", "full-30")]
     assert sizes[1] == 4 * sizes[0]
     assert sizes[2] == 3 * sizes[1]
 
 
 def test_unknown_arms_are_refused_before_anything_runs():
     with pytest.raises(argparse.ArgumentTypeError, match="no arm is called 'distill'"):
-        accuracy.known_arm("distill")
+        known_arm("distill")
 
 
 def test_every_committed_cell_is_one_of_a_plan():
-    planned = {cell.file for rounds in accuracy.PLANS.values() for round_ in rounds for cell in round_.cells()}
-    committed = {file.relative_to(accuracy.RESULTS) for file in accuracy.RESULTS.glob("*/*.json")}
+    planned = {cell.file for rounds in PLANS.values() for round_ in rounds for cell in round_.cells()}
+    committed = {file.relative_to(CELLS) for file in CELLS.glob("*/*.json")}
     assert committed
     assert not committed - planned

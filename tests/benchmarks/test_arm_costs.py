@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import arm_costs
 import pytest
 import torch
-from cell import Cell, CellRun, Schedule
-from groups import Group
 
+from benchmarks.accuracy.cell import Cell, Schedule
+from benchmarks.accuracy.groups import Group
+from benchmarks.accuracy.training import CellRun
+from benchmarks.step_cost import arm_costs
 from sfr.preflight.cost import StepCost
 
 SCHEDULE = Schedule(epochs=10, batch_size=8, image_size=16, per_class=4)  # 400 images: 50 steps an epoch

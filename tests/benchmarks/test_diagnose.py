@@ -1,12 +1,14 @@
 import json
 
-import diagnose
 import pytest
 import torch
-from cell import Cell, CellRun, Schedule
-from cifar_data import Labelled
-from images import Parts
-from inside import inside
+
+from benchmarks.accuracy import diagnose
+from benchmarks.accuracy.cell import Cell, Schedule
+from benchmarks.accuracy.diagnosis_tables import diagnosis_tables
+from benchmarks.accuracy.training import CellRun
+from benchmarks.common.data import Parts
+from examples.common.data import Labelled
 
 TINY = Schedule(epochs=1, batch_size=8, per_class=2, image_size=16)
 
@@ -69,7 +71,7 @@ def test_tables_show_shares_of_what_was_found(tmp_path):
         "findings": [{"epoch": 10, "pairs": {"a <- b": pair}, "stages": {"a": shallow, "b": deep}}],
     }
     (tmp_path / "diagnosis-x.json").write_text(json.dumps(record))
-    head, table = inside(tmp_path)
+    head, table = diagnosis_tables(tmp_path)
     assert "Inside the feature term" in head
     assert table.splitlines()[-1] == "| 10 | 50% | 6% | 1.23 | 2.00 | 5% |"
-    assert inside(tmp_path / "empty") == []
+    assert diagnosis_tables(tmp_path / "empty") == []

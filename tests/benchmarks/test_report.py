@@ -7,12 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import cost_plot
-import groups
 import pytest
-import report
-from baselines import parse_arm
 
+from benchmarks.accuracy import cost_plot, groups, report
+from benchmarks.accuracy.methods import parse_arm
+from benchmarks.common import tables
 from sfr import SFRConfig
 
 SCHEDULE = {
@@ -79,17 +78,17 @@ def peers_of(found) -> str:
 
 
 def test_pages_are_those_of_the_committed_cells():
-    for page, text in report.pages(report.read_groups(report.RESULTS)).items():
-        assert page.read_text() == text, f"{page.name} is out of date: python benchmarks/report.py"
+    for page, text in report.pages(report.read_groups(report.CELLS)).items():
+        assert page.read_text() == text, f"{page.name} is out of date: python -m benchmarks.accuracy.report"
 
 
 def test_plot_is_that_of_the_committed_cells():
-    shown = report.panels(report.read_groups(report.RESULTS))
-    assert cost_plot.is_drawn(shown, report.PLOT), "the plot is out of date: python benchmarks/report.py"
+    shown = report.panels(report.read_groups(report.CELLS))
+    assert cost_plot.is_drawn(shown, report.PLOT), "the plot is out of date: python -m benchmarks.accuracy.report"
 
 
 def test_committed_cells_of_sfr_are_named_by_what_differs_from_today_s_defaults():
-    for file in report.RESULTS.glob("*/*.json"):
+    for file in report.CELLS.glob("*/*.json"):
         cell = json.loads(file.read_text())
         name, options = parse_arm(cell["cell"]["arm"])
         if name in ("sfr", "sfr-cutmix"):
@@ -300,7 +299,10 @@ def test_wrong_and_few_labels_stand_side_by_side(read):
 def test_words_around_the_markers_stay(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    assert report.inserted(page, "new") == f"before\n{report.BEGIN}\n\nnew\n\n{report.END}\nafter\n"
+    assert (
+        tables.page_with(page, "new", report.BEGIN, report.END)
+        == f"before\n{report.BEGIN}\n\nnew\n\n{report.END}\nafter\n"
+    )
 
 
 @pytest.mark.parametrize("text", ["", report.BEGIN, report.END + report.BEGIN])
@@ -308,7 +310,7 @@ def test_page_without_both_markers_is_refused(tmp_path, text):
     page = tmp_path / "page.md"
     page.write_text(text)
     with pytest.raises(ValueError, match=r"page\.md must have the lines"):
-        report.inserted(page, "new")
+        tables.page_with(page, "new", report.BEGIN, report.END)
 
 
 def test_check_names_the_page_that_is_out_of_date_and_writes_nothing(tmp_path, monkeypatch):
@@ -319,7 +321,7 @@ def test_check_names_the_page_that_is_out_of_date_and_writes_nothing(tmp_path, m
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "README", fresh)
     monkeypatch.setattr(report, "PAGE", stale)
-    monkeypatch.setattr(report, "RESULTS", tmp_path / "none")
+    monkeypatch.setattr(report, "CELLS", tmp_path / "none")
     monkeypatch.setattr("sys.argv", ["report.py", "--check"])
     with pytest.raises(SystemExit, match=r"out of date: stale\.md;"):
         report.main()
@@ -328,7 +330,7 @@ def test_check_names_the_page_that_is_out_of_date_and_writes_nothing(tmp_path, m
 
 def test_what_is_written_passes_the_check_which_draws_nothing(read, tmp_path, monkeypatch):
     read(*scored("vanilla", {0: 0.3}), *scored("sfr", {0: 0.31}), costs=COSTS)
-    paths = {"README": "README.md", "PAGE": "accuracy.md", "PLOT": "plot.png", "ROOT": "", "RESULTS": ""}
+    paths = {"README": "README.md", "PAGE": "accuracy.md", "PLOT": "plot.png", "ROOT": "", "CELLS": ""}
     for name, path in paths.items():
         monkeypatch.setattr(report, name, tmp_path / path)
     for page in (report.README, report.PAGE):
@@ -337,12 +339,12 @@ def test_what_is_written_passes_the_check_which_draws_nothing(read, tmp_path, mo
     report.main()
     assert "+1.00" in report.README.read_text()
     assert "(plot.png)" in report.PAGE.read_text()
-    drawn = report.PLOT.stat()
+    drawn = report.PLOT.stat().st_mtime_ns
     monkeypatch.setattr("sys.argv", ["report.py", "--check"])
     with pytest.raises(SystemExit) as ended:
         report.main()
     assert ended.value.code == 0
-    assert report.PLOT.stat() == drawn
+    assert report.PLOT.stat().st_mtime_ns == drawn
 
 
 @pytest.mark.parametrize("change", [lambda plot: plot.unlink(), lambda plot: report.draw({"other": []}, plot)])
@@ -353,7 +355,7 @@ def test_check_names_a_plot_that_is_missing_or_out_of_date(read, tmp_path, monke
         (tmp_path / f"{name}.md").write_text(f"{report.BEGIN}{report.END}")
     monkeypatch.setattr(report, "PLOT", tmp_path / "plot.png")
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "CELLS", tmp_path)
     monkeypatch.setattr("sys.argv", ["report.py"])
     report.main()
     change(report.PLOT)
@@ -392,7 +394,7 @@ def test_cells_trained_again_stand_beside_the_recorded_ones(tmp_path, monkeypatc
             cell = json.dumps(record("vanilla", seed, accuracy))
             (tmp_path / folder / "tenth-test" / f"vanilla-seed{seed}.json").write_text(cell)
     written = report.README.read_text()
-    monkeypatch.setattr(report, "RESULTS", tmp_path / "recorded")
+    monkeypatch.setattr(report, "CELLS", tmp_path / "recorded")
     monkeypatch.setattr("sys.argv", ["report.py", "--results", str(tmp_path / "again")])
     report.main()
     printed = capsys.readouterr().out

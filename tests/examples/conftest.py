@@ -1,7 +1,6 @@
-"""Put examples/ on the path, and let every test start from a process that has not trained yet."""
+"""Every test starts from a process that has not trained yet."""
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import torch
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = REPOSITORY / "examples"
-sys.path[:0] = map(str, (EXAMPLES, Path(__file__).parent))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,12 +35,18 @@ def environment(tmp_path: Path) -> dict[str, str]:
     """Environment of a subprocess: this checkout, the CPU, one thread, no network, an empty cache."""
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, EXAMPLES))),
+        "PYTHONPATH": str(REPOSITORY),
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(tmp_path / "hf"),
     }
+
+
+@pytest.fixture
+def importing_examples(environment: dict[str, str]) -> dict[str, str]:
+    """The same for a subprocess that is no script in examples/, but imports one."""
+    return environment | {"PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, EXAMPLES)))}
 
 
 @pytest.fixture

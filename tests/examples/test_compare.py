@@ -3,11 +3,12 @@
 import subprocess
 import sys
 
-import compare
 import numpy as np
 import pytest
 import torch
-from cifar_metrics import classification_scores
+
+import compare
+from common.metrics import classification_scores
 
 
 def test_the_command_prints_every_seed_and_the_paired_difference_and_draws_it(tmp_path, examples, environment):

@@ -2,17 +2,20 @@
 
 import json
 
-import pretrain_dogo
+import accelerate
 import pytest
 import torch
-import two_views
-from checkpoint_files import checkpoints
-from cifar_models import build_model
-from frozen_features import knn_accuracy, linear_accuracy
 from sklearn.linear_model import LogisticRegression
 from torchvision.transforms.v2 import functional as transforms
-from written_runs import assert_same_weights, metrics, weights
+from written_runs import Killed, assert_same_weights, kill_at_call, metrics, weights
 
+import pretrain_dogo
+from common import two_views
+from common.checkpoint_files import checkpoints
+from common.data import SOURCES, load_splits
+from common.frozen_features import knn_accuracy, linear_accuracy
+from common.models import build_model
+from common.two_views import plain_view
 from sfr.pretrain import TwoViewNetwork
 
 
@@ -51,24 +54,12 @@ def test_written_weights_load_into_networks_of_the_same_kind(undisturbed):
     networks.load_state_dict(weights(undisturbed), strict=True)
 
 
-class Killed(BaseException):
-    """Ends a run in this process as a kill would: nothing in the run catches it."""
-
-
 @pytest.mark.parametrize(("fatal_step", "left"), [(1, []), (4, ["checkpoint-0001"])])
 def test_a_killed_run_resumes_to_the_weights_of_an_undisturbed_one(
     tmp_path, monkeypatch, undisturbed, fatal_step, left
 ):
     with monkeypatch.context() as patch:
-        step, calls = pretrain_dogo.PairTrainer._step, []
-
-        def fatal(self, *batch):
-            calls.append(batch)
-            if len(calls) == fatal_step:
-                raise Killed
-            return step(self, *batch)
-
-        patch.setattr(pretrain_dogo.PairTrainer, "_step", fatal)
+        kill_at_call(patch, accelerate.Accelerator, "backward", fatal_step)
         with pytest.raises(Killed):
             pretrain(tmp_path)
     assert [path.name for path in checkpoints(tmp_path)] == left
@@ -87,19 +78,24 @@ def test_alone_is_the_same_run_without_the_mutual_term(tmp_path, undisturbed):
 
 
 def test_simsiam_trains_too(tmp_path):
-    trainer = pretrain(tmp_path, "--objective", "simsiam", "--epochs", "1")
-    assert trainer.networks[0].predictor is not None
+    pretrain(tmp_path, "--objective", "simsiam", "--epochs", "1")
+    assert any(name.startswith("first.predictor.") for name in weights(tmp_path))
     assert -1 <= metrics(tmp_path)[0]["ssl_first_loss"] <= 1
 
 
-def test_encode_gives_features_of_plain_images_in_their_order(tmp_path):
-    trainer = pretrain(tmp_path, "--epochs", "1")
-    network = trainer.networks[1].train()
+def test_encode_gives_features_of_plain_images_in_their_order():
+    args = pretrain_dogo.parse_arguments(["--batch-size", "16", "--image-size", "8"])
+    images = load_splits("digits", None, limit=40).train.data
+    network = TwoViewNetwork(build_model("wrn_16_2", 10)).train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    features, labels = trainer.encode(network, trainer.loaders[0])
-    assert features.shape == (40, 128)
+    accelerator = accelerate.Accelerator()
+    loader = pretrain_dogo.loader_of(images, args, accelerator)
+    features, labels = pretrain_dogo.encode(network, loader, args, accelerator)
     assert_same_weights(network.state_dict(), before)  # BatchNorm has learnt nothing from them
-    assert torch.equal(labels, trainer.loaders[0].dataset.tensors[1])
+    assert torch.equal(labels, images.labels)
+    one_by_one = [network.eval().features(plain_view(image[None], 8, SOURCES["digits"])) for image in images.pixels[:3]]
+    torch.testing.assert_close(features[:3], torch.cat(one_by_one), atol=1e-5, rtol=1e-4)
+    assert features.shape == (40, 128)
 
 
 @pytest.mark.parametrize(

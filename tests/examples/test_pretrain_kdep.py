@@ -6,17 +6,18 @@ import socket
 import subprocess
 import sys
 
-import pretrain_kdep
+import accelerate
 import pytest
 import torch
 import torchvision
-import train_cifar
-from cifar_models import build_model
-from folder_lock import FolderLock
-from run_folder import curves
 from torch import nn
-from written_runs import assert_same_weights, metrics, weights
+from written_runs import Killed, assert_same_weights, kill_at_call, metrics, weights
 
+import pretrain_kdep
+from common.folder_lock import FolderLock
+from common.models import build_model
+from common.run_folder import curves
+from common.weights import load_backbone
 from sfr.pretrain import Alignment
 
 STAGES = ("teacher", "pretrain", "finetune")
@@ -77,21 +78,12 @@ def test_stage_that_was_interrupted_resumes_to_the_same_weights(
 ):
     folder, _ = finished
     given_teacher = ("--teacher-weights", str(folder / "teacher" / "model.pt"))
-    steps = []
-    step = pretrain_kdep.Pretrainer._step
-
-    def fatal(self, *batch):
-        steps.append(batch)
-        if len(steps) == fatal_step:
-            raise KeyboardInterrupt
-        return step(self, *batch)
-
-    monkeypatch.setattr(pretrain_kdep.Pretrainer, "_step", fatal)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, *given_teacher)
+    with monkeypatch.context() as patch:
+        kill_at_call(patch, accelerate.Accelerator, "backward", fatal_step)
+        with pytest.raises(Killed):
+            run(tmp_path, *given_teacher)
     assert len(metrics(tmp_path / "pretrain")) == epochs_done
     assert not (tmp_path / "finetune").exists()
-    monkeypatch.setattr(pretrain_kdep.Pretrainer, "_step", step)
     run(tmp_path, *given_teacher, "--resume")
     for stage in ("pretrain", "finetune"):
         assert_same_weights(weights(tmp_path / stage), weights(folder / stage))
@@ -99,8 +91,8 @@ def test_stage_that_was_interrupted_resumes_to_the_same_weights(
 
 def test_a_run_killed_before_its_teacher_has_an_epoch_resumes_to_the_same_weights(finished, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(train_cifar.Trainer, "_step", lambda *_: pytest.exit("killed"))
-        with pytest.raises(pytest.exit.Exception):
+        kill_at_call(patch, accelerate.Accelerator, "backward", 1)
+        with pytest.raises(Killed):
             run(tmp_path)
     monkeypatch.setattr(pretrain_kdep, "pretrain", lambda folder, args: pytest.skip("far enough"))
     with pytest.raises(pytest.skip.Exception):
@@ -182,7 +174,7 @@ def test_classifier_of_another_size_is_left_out_of_the_initial_weights(tmp_path)
     other, model = build_model("resnet8", 7), build_model("resnet8", 10)
     torch.save(other.state_dict(), tmp_path / "other.pt")
     classifier = model.fc.weight.clone()
-    train_cifar.load_backbone(model, str(tmp_path / "other.pt"))
+    load_backbone(model, str(tmp_path / "other.pt"))
     assert torch.equal(model.conv1.weight, other.conv1.weight)
     assert torch.equal(model.fc.weight, classifier)
 
@@ -190,7 +182,7 @@ def test_classifier_of_another_size_is_left_out_of_the_initial_weights(tmp_path)
 def test_initial_weights_of_another_model_are_refused_with_the_file(tmp_path):
     torch.save(build_model("wrn_16_2", 10).state_dict(), tmp_path / "other.pt")
     with pytest.raises(SystemExit, match=r"--init: .*other.pt holds the weights of another model"):
-        train_cifar.load_backbone(build_model("resnet8", 10), str(tmp_path / "other.pt"))
+        load_backbone(build_model("resnet8", 10), str(tmp_path / "other.pt"))
 
 
 def free_port() -> str:

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import accelerate
 import pytest
-import run_folder
 import torch
-from checkpoint_files import checkpoints, damage, seal
-from folder_lock import FolderLock
-from run_folder import RunFolder, claimed, curves, newest_sound
 from torch import nn
 from written_runs import metrics
+
+from common import run_folder
+from common.checkpoint_files import checkpoints, damage, seal
+from common.folder_lock import FolderLock
+from common.run_folder import RunFolder, claimed, curves, newest_sound
 
 CONFIG = {"lr": 0.1, "sizes": (1, 2)}
 SAVED = (
@@ -251,7 +252,7 @@ def test_the_folder_of_a_link_is_the_same_folder(tmp_path):
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from folder_lock import FolderLock
+from common.folder_lock import FolderLock
 assert FolderLock(Path(sys.argv[1])).acquire()
 if not os.fork():  # as a data-loading process, which lives on for a while when its parent is killed
     print(os.getpid(), flush=True)
@@ -259,8 +260,8 @@ time.sleep(60)
 """
 
 
-def test_the_lock_of_a_killed_run_is_gone_at_once_though_its_loading_processes_live_on(tmp_path, environment):
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], env=environment, stdout=subprocess.PIPE)
+def test_the_lock_of_a_killed_run_is_gone_at_once_though_its_loading_processes_live_on(tmp_path, importing_examples):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], env=importing_examples, stdout=subprocess.PIPE)
     child = int(holder.stdout.readline())
     try:
         assert not FolderLock(tmp_path).acquire()
@@ -351,7 +352,7 @@ TWO_RANKS = """
 import sys
 from pathlib import Path
 from accelerate import Accelerator
-from run_folder import claimed
+from common.run_folder import claimed
 main = Accelerator().is_main_process
 for run in (1, 2):
     try:
@@ -364,14 +365,14 @@ for run in (1, 2):
 """
 
 
-def test_over_two_processes_one_claims_and_all_go_or_none(tmp_path, environment):
+def test_over_two_processes_one_claims_and_all_go_or_none(tmp_path, importing_examples):
     (tmp_path / "script.py").write_text(TWO_RANKS)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
     done = subprocess.run(
-        [*launch, tmp_path / "script.py", tmp_path / "folder"], env=environment, capture_output=True, text=True
+        [*launch, tmp_path / "script.py", tmp_path / "folder"], env=importing_examples, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     message = f"{tmp_path}/folder holds a run: pass --resume or another --output-dir"

@@ -8,17 +8,21 @@ import socket
 import subprocess
 import sys
 
-import epoch_run
+import accelerate
 import numpy as np
 import pytest
 import torch
+from written_runs import Killed, assert_same_weights, kill_at_call, metrics, weights
+
+import sfr
 import train_cifar
-from checkpoint_files import checkpoints
-from cifar_data import load_splits
-from cifar_metrics import ClassificationMetric
-from cifar_models import build_model
-from folder_lock import FolderLock
-from written_runs import assert_same_weights, metrics, weights
+from common import data, runs
+from common.checkpoint_files import checkpoints
+from common.data import load_splits
+from common.folder_lock import FolderLock
+from common.learning_rate import warmup_then_cosine
+from common.metrics import ClassificationMetric
+from common.models import build_model
 
 
 def small(output_dir, *arguments):
@@ -75,7 +79,7 @@ def test_run_announces_itself_and_writes_every_artefact(tmp_path, capsys):
 
 
 def test_progress_bar_shows_loss_parts_and_images_per_second(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(epoch_run, "SHOW_LOSS_EVERY", 1)
+    monkeypatch.setattr(runs, "SHOW_LOSS_EVERY", 1)
     train(tmp_path, "--epochs", "1")
     bar = capsys.readouterr().err
     assert all(part in bar for part in ("images/s", "loss=", "label_loss=", "feature_loss="))
@@ -109,13 +113,13 @@ def test_sfr_options_reach_the_configuration(tmp_path):
 
 
 def test_images_come_with_the_numbers_by_which_past_predictions_are_kept(tmp_path, monkeypatch):
-    seen, step = [], train_cifar.Trainer._step
+    seen, forward = [], sfr.SFRLoss.forward
 
-    def noted(trainer, images, labels, index):
-        seen.append((trainer.criterion, labels, index))
-        return step(trainer, images, labels, index)
+    def noted(criterion, logits, labels, index):
+        seen.append((criterion, labels, index))
+        return forward(criterion, logits, labels, index=index)
 
-    monkeypatch.setattr(train_cifar.Trainer, "_step", noted)
+    monkeypatch.setattr(sfr.SFRLoss, "forward", noted)
     splits = load_splits("digits", None, limit=70)
     train(tmp_path, "--epochs", "1", "--sfr", "smoothing=past", f"num_samples={len(splits.train)}")
     index = torch.cat([numbers for _, _, numbers in seen])
@@ -138,14 +142,14 @@ def test_tracker_logs_every_epoch(tmp_path):
 
 
 KILLED_AT_THE_FOURTH_STEP = """
-import os, signal, train_cifar
-step, calls = train_cifar.Trainer._step, []
-def fatal(*batch):
-    calls.append(batch)
+import accelerate, os, signal, train_cifar
+step, calls = accelerate.Accelerator.backward, []
+def fatal(*args):
+    calls.append(args)
     if len(calls) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(*batch)
-train_cifar.Trainer._step = fatal
+    return step(*args)
+accelerate.Accelerator.backward = fatal
 train_cifar.main()
 """
 
@@ -156,10 +160,12 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def test_run_killed_in_mid_epoch_resumes_to_the_weights_of_an_undisturbed_one(tmp_path, environment, undisturbed):
+def test_run_killed_in_mid_epoch_resumes_to_the_weights_of_an_undisturbed_one(
+    tmp_path, importing_examples, undisturbed
+):
     killed = subprocess.run(
         [sys.executable, "-c", KILLED_AT_THE_FOURTH_STEP, *small(tmp_path / "killed")],
-        env=environment,
+        env=importing_examples,
         capture_output=True,
         timeout=300,
     )
@@ -170,30 +176,14 @@ def test_run_killed_in_mid_epoch_resumes_to_the_weights_of_an_undisturbed_one(tm
     assert timeless(metrics(tmp_path / "killed")) == timeless(metrics(undisturbed))
 
 
-class Killed(BaseException):
-    """Ends a run in this process as a kill would: nothing in the run catches it."""
-
-
-def kill_at_call(monkeypatch, owner, name, number):
-    original, calls = getattr(owner, name), []
-
-    def fatal(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == number:
-            raise Killed
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, fatal)
-
-
 @pytest.mark.parametrize(
     ("owner", "name", "number"),
     [
         ("accelerate.Accelerator", "save_state", 2),  # before the second checkpoint
-        ("run_folder", "seal", 2),  # it is written, but has no manifest yet
+        ("common.run_folder", "seal", 2),  # it is written, but has no manifest yet
         ("pathlib.Path", "rename", 2),  # it is complete, but has not its name yet
-        ("run_folder.shutil", "rmtree", 4),  # the third has its name, the first is still there
-        ("run_folder.RunFolder", "finish", 1),  # trained, but nothing written
+        ("common.run_folder.shutil", "rmtree", 4),  # the third has its name, the first is still there
+        ("common.run_folder.RunFolder", "finish", 1),  # trained, but nothing written
     ],
 )
 def test_kill_around_a_checkpoint_leaves_a_usable_one(tmp_path, monkeypatch, undisturbed, owner, name, number):
@@ -210,7 +200,7 @@ def test_kill_around_a_checkpoint_leaves_a_usable_one(tmp_path, monkeypatch, und
 def test_resume_is_exact_with_loading_processes(tmp_path, monkeypatch):
     train(tmp_path / "undisturbed", "--num-workers", "1")
     with monkeypatch.context() as patch:
-        kill_at_call(patch, train_cifar.Trainer, "_step", 4)
+        kill_at_call(patch, accelerate.Accelerator, "backward", 4)
         with pytest.raises(Killed):
             train(tmp_path / "killed", "--num-workers", "1")
     train(tmp_path / "killed", "--num-workers", "1", "--resume")
@@ -232,7 +222,7 @@ torch.save(model.state_dict(), f"{os.environ['RANKS_FOLDER']}/rank{os.environ['R
 """
 
 
-def test_two_processes_share_weights_and_measure_what_one_would(tmp_path, environment):
+def test_two_processes_share_weights_and_measure_what_one_would(tmp_path, importing_examples):
     script = tmp_path / "script.py"
     script.write_text(TWO_PROCESSES)
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -240,7 +230,7 @@ def test_two_processes_share_weights_and_measure_what_one_would(tmp_path, enviro
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", free_port()]
     done = subprocess.run(
         [*launch, script, *small(tmp_path / "run", "--epochs", "1")],
-        env={**environment, "RANKS_FOLDER": str(tmp_path)},
+        env={**importing_examples, "RANKS_FOLDER": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=300,
@@ -282,8 +272,8 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        ("train_cifar", "load_splits"),  # while it loads its data
-        ("train_cifar.Trainer", "_step"),  # in its first epoch
+        ("common.data", "load_splits"),  # while it loads its data
+        ("accelerate.Accelerator", "backward"),  # in its first epoch
         ("accelerate.Accelerator", "save_state"),  # before its first checkpoint
     ],
 )
@@ -314,7 +304,7 @@ def test_resume_past_a_damaged_checkpoint_ends_with_the_weights_of_an_undisturbe
 def test_a_second_run_into_the_same_folder_refuses_before_it_loads_the_data(tmp_path, monkeypatch):
     lock = FolderLock(tmp_path)
     assert lock.acquire()
-    kill_at_call(monkeypatch, train_cifar, "load_splits", 1)
+    kill_at_call(monkeypatch, data, "load_splits", 1)
     for arguments in ([], ["--resume"]):
         with pytest.raises(SystemExit, match="is in use by process"):
             train(tmp_path, *arguments)
@@ -341,7 +331,7 @@ def test_the_same_command_again_by_plain_python_gets_a_folder_of_its_own(
 
 def test_an_unwritable_output_directory_is_an_error_before_any_step(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    kill_at_call(monkeypatch, train_cifar, "load_splits", 1)
+    kill_at_call(monkeypatch, data, "load_splits", 1)
     with pytest.raises(SystemExit, match=r"--output-dir: cannot write to .*file/run"):
         train(tmp_path / "file" / "run")
 
@@ -399,7 +389,7 @@ def test_without_network_and_data_dir_one_line_names_both_ways_out(examples, tmp
 
 def test_warm_up_rises_to_the_peak_and_the_cosine_falls_to_zero():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    schedule = train_cifar.warmup_then_cosine(optimizer, steps=100)
+    schedule = warmup_then_cosine(optimizer, steps=100)
     rates = []
     for _ in range(101):
         rates.append(schedule.get_last_lr()[0])

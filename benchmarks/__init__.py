@@ -1,0 +1,1 @@
+"""What is measured of the library, one room a question; README.md names the command of each. Run from the root."""

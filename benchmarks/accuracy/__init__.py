@@ -1,0 +1,1 @@
+"""Does it help: methods trained alike on images, and judged once."""

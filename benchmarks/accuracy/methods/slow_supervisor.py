@@ -1,0 +1,51 @@
+"""sfr with the deep features of a slow moving average of the network as the supervisor: still no teacher."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sfr
+from benchmarks.accuracy.methods.arm import Task
+from benchmarks.accuracy.methods.self_feature import SelfFeature
+
+
+class SlowSupervisor(SelfFeature):
+    """Self-feature regularization whose deep nodes come from the average over `decay` of the network's weights.
+
+    The average sees the same augmented images, with the batch's own statistics in its normalisations; it follows the
+    network after every step, faster at first (Tarvainen & Valpola, arXiv 1703.01780, whose rule for that it is). Other
+    options are fields of :class:`sfr.SFRConfig`, of which `warmup` and ramps have no effect here. It costs a second
+    forward.
+    """
+
+    steps: Tensor
+
+    def __init__(self, task: Task, decay: float = 0.99, **config: Any) -> None:
+        plain = copy.deepcopy(task.model).requires_grad_(False)  # before its stages are tapped
+        super().__init__(task, **config)
+        settings = self.model.sfr.config
+        self.average = sfr.SFRWrapper(plain, settings)
+        self.distance = sfr.EMDL2Loss(settings.cost, settings.marginals, settings.solver)
+        self.decay, self.weight = decay, settings.largest_weight
+        self.register_buffer("steps", torch.tensor(0))
+
+    def forward(self, indices: Tensor) -> Tensor:
+        self._follow()
+        images, labels = self.task.images(indices), self.task.labels[indices]
+        logits, slow_logits = self.model(images), self.average(images)
+        own = self.criterion.pairs_of(self.model.sfr.take_features(logits))
+        slow = self.criterion.pairs_of(self.average.sfr.take_features(slow_logits))
+        terms = [self.distance(pair.nodes[0], other.nodes[1]) for pair, other in zip(own, slow, strict=True)]
+        return self.criterion.labels(logits, labels, indices) + self.weight * torch.stack(terms).mean()
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Move the average towards what the last step has made of the network."""
+        share = 1 - torch.clamp((1 + self.steps) / (10 + self.steps), max=self.decay)
+        for average, own in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            average.lerp_(own, share.to(own.dtype))
+        self.steps += 1

@@ -1,0 +1,54 @@
+"""The methods that are compared, by the names that cells have them under, and what the tables call them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+BASE, OURS = "vanilla", "sfr"
+SMOOTHED = "sfr@smoothing=class_mean"
+# The default up to here, and its parts: most of what has been measured.
+EARLIER = "sfr@cost=sqeuclidean,weight=0.2,smoothing=class_mean"
+FEATURES = "sfr@cost=sqeuclidean,weight=0.2"
+PAST = "sfr@smoothing=past,alpha=0,alpha_end=0.8,cost=sqeuclidean,weight=0.2"
+# By the size of the images: vanilla for as long as sfr takes.
+LONGER = {32: "vanilla-longer@factor=1.02", 16: "vanilla-longer@factor=1.1"}
+PEERS = {
+    BASE: "vanilla",
+    LONGER[32]: "vanilla, 2 % longer",
+    LONGER[16]: "vanilla, 10 % longer",
+    "label-smoothing": "label smoothing 0.1",
+    "online-label-smoothing": "online label smoothing",
+    "tf-kd-reg": "Tf-KD_reg",
+    "cs-kd": "CS-KD",
+    "ps-kd": "PS-KD",
+    "dlb": "DLB",
+    "byot": "BYOT",
+    "tfd": "TFD",
+    "cutmix": "CutMix",
+    OURS: "**sfr**",
+    SMOOTHED: "**sfr**, class means",
+    EARLIER: "**sfr**, earlier default",
+    FEATURES: "**sfr**, earlier default's features alone",
+    PAST: "**sfr**, earlier default with past predictions",
+    "sfr-cutmix@cost=sqeuclidean,weight=0.2,smoothing=class_mean": "**sfr**, earlier default + CutMix",
+}
+LADDER = {
+    BASE: "vanilla",
+    "tfd@weight=0.2,max_grid=4": "plain l2, channel to channel",
+    "sfr@grouping=crop,cost=sqeuclidean,weight=0.2": "EMD-l2, channel to channel",
+    "tfd@weight=0.2,max_grid=4,grouping=mean": "plain l2, many to one (mean)",
+    FEATURES: "EMD-l2, many to one (mean)",
+    "sfr@grouping=segments,cost=sqeuclidean,weight=0.2": "EMD-l2, many to one (segments)",
+    "sfr@weight=0,cost=sqeuclidean,smoothing=class_mean": "dynamic label smoothing alone",
+    EARLIER: "**sfr**, earlier default: both",
+    PAST: "the same with past predictions instead of class means",
+    OURS: "**sfr**: cosine, many to one (mean)",
+    "cutmix": "CutMix",
+    "sfr-cutmix@cost=sqeuclidean,weight=0.2,smoothing=class_mean": "**sfr**, earlier default + CutMix",
+}
+NAMES = LADDER | PEERS
+
+
+def comparable(arms: Iterable[str], image_size: int) -> list[str]:
+    """Return `arms` without those that train for as long as sfr takes on images of another size."""
+    return [arm for arm in arms if arm not in LONGER.values() or arm == LONGER.get(image_size)]

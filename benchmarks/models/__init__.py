@@ -1,0 +1,1 @@
+"""Any model, two lines, no argument."""

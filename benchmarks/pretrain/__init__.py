@@ -1,0 +1,1 @@
+"""KDEP and DoGo, pre-training without labels, on real CIFAR."""

@@ -1,0 +1,1 @@
+"""What a step communicates and costs as ranks, classes, batch and nodes grow."""
