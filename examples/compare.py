@@ -70,8 +70,8 @@ def trained(images: Tensor, labels: Tensor, epochs: int, seed: int, settings: di
     model: Any = network()
     criterion: nn.Module = nn.CrossEntropyLoss()
     if settings is not None:
-        model = sfr.SFRWrapper(model, **settings)  # the two lines
-        criterion = sfr.SFRLoss(model)
+        model = sfr.SFRWrapper(model)  # the two lines
+        criterion = sfr.SFRLoss(model, settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for _ in range(epochs):

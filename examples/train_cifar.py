@@ -77,7 +77,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> nn.Module:
                 schedule.step()
                 optimizer.zero_grad()
             runs.average_buffers(accelerator, model)
-            if isinstance(criterion, sfr.SFRLoss) and criterion.config.update == "epoch":
+            if isinstance(criterion, sfr.SFRLoss):
                 criterion.end_epoch()
             means = {f"train_{name}": mean for name, mean in epoch.means().items()}
             trained = {"epoch": epoch.number, "step": epoch.last_step, "lr": lr, **means, **epoch.speed()}
@@ -104,7 +104,7 @@ def evaluate(model: nn.Module, loader: Any, part: str, accelerator: Accelerator)
 def sfr_settings(args: argparse.Namespace) -> dict[str, Any] | None:
     """Return all fields of the method's configuration, None for another method."""
     try:
-        return sfr.SFRConfig(**dict(args.sfr)).to_dict() if args.method == "sfr" else None
+        return sfr.SFRConfig.from_dict(dict(args.sfr)).to_dict() if args.method == "sfr" else None
     except (TypeError, ValueError) as error:
         raise SystemExit(f"--sfr: {error}") from error
 
@@ -118,10 +118,10 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, nn
     if args.method == "sfr":
         image = torch.zeros(1, 3, data.IMAGE_SIZE, data.IMAGE_SIZE, device=device)
         try:
-            wrapped = sfr.SFRWrapper(model, example_input=image, **dict(args.sfr))
+            wrapped = sfr.SFRWrapper(model, stages=args.stages, example_input=image)
         except ValueError as error:
             raise SystemExit(f"--model {args.model}: {error}") from error
-        return wrapped, sfr.SFRLoss(wrapped).to(device)
+        return wrapped, sfr.SFRLoss(wrapped, dict(args.sfr)).to(device)
     smoothing = 0.1 if args.method == "label-smoothing" else 0.0
     return model, nn.CrossEntropyLoss(label_smoothing=smoothing)
 
@@ -134,7 +134,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", default="resnet20", help="resnet20, wrn_16_2, any torchvision or timm name")
     add("--init", metavar="FILE", help="start from the weights in this model.pt")
     add("--method", choices=["sfr", "label-smoothing", "vanilla"], default="sfr")
-    add("--sfr", nargs="+", type=options.key_value, default=[], metavar="KEY=VALUE", help="SFRConfig fields")
+    add("--sfr", nargs="+", type=options.key_value, default=[], metavar="KEY=VALUE", help="arguments of SFRLoss")
+    add("--stages", metavar="REGEX", help="stages of the model for sfr, by their names; default: found")
     add("--epochs", type=options.positive, help="default 10 for digits, 200 for CIFAR")
     add("--batch-size", type=options.positive, default=128, help="global, split over the processes")
     add("--lr", type=float, default=0.1, help="peak; not scaled by the number of processes")
@@ -148,8 +149,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--resume", action="store_true", help="continue the run in --output-dir, default the newest; or start one")
     add("--tracker", choices=["none", *LOGGER_TYPE_TO_CLASS], default="none")
     args = parser.parse_args(argv)
-    if args.sfr and args.method != "sfr":
-        parser.error("--sfr needs --method sfr")
+    if (args.sfr or args.stages) and args.method != "sfr":
+        parser.error("--sfr and --stages need --method sfr")
     if args.data_dir and args.dataset == "digits":
         parser.error("--data-dir is for CIFAR: the digits come with scikit-learn")
     args.epochs = args.epochs or data.SOURCES[args.dataset].epochs

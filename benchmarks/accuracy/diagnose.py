@@ -71,7 +71,7 @@ def looked_into(run: CellRun, arm: SelfFeature, indices: Tensor, weight: float) 
     features = arm.model.sfr.take_features(logits)
     label = torch.nn.functional.cross_entropy(logits, run.train.labels[indices])
     pairs = {
-        pair.name: plan_facts(*pair.nodes, arm.model.sfr.config.solver) for pair in arm.criterion.pairs_of(features)
+        pair.name: plan_facts(*pair.nodes, arm.criterion.config.solver) for pair in arm.criterion.pairs_of(features)
     }
     feature = weight * torch.stack([facts["emd"] for facts in pairs.values()]).mean()
     stages = {
@@ -89,10 +89,9 @@ def looked_into(run: CellRun, arm: SelfFeature, indices: Tensor, weight: float) 
 
 def stage_nodes(arm: SelfFeature, features: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the nodes of every stage at the grid of the configuration."""
-    grid = arm.model.sfr.config.max_grid
-    return {
-        name: to_nodes(arm.criterion.map_of(name, feature), (grid, grid)).float() for name, feature in features.items()
-    }
+    grid = arm.criterion.config.max_grid
+    maps = arm.criterion.maps.of(features)
+    return {name: to_nodes(feature_map, (grid, grid)).float() for name, feature_map in maps.items()}
 
 
 def plan_facts(shallow: Tensor, deep: Tensor, solver: Solver = "auto") -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ def attempt(name: str, group: str) -> Record:
     criterion = sfr.SFRLoss(model)
     logits = logits_of(model(inputs))
     features = model.sfr.take_features(logits)
-    views = {stage: criterion.view_of(stage, feature) for stage, feature in features.items()}
+    views = {stage: criterion.maps.view_of(stage, feature) for stage, feature in features.items()}
     # Each alone, to see where it sends a gradient.
     terms = {pair: term.value for pair, term in criterion.terms_of(features).items()}
     result = {

@@ -28,9 +28,9 @@ class Stages(nn.Module):
         return self.head(self.stages(images).mean(dim=(2, 3)))
 
 
-def wrapped(classes: int, **options: Any) -> sfr.SFRWrapper:
+def wrapped(classes: int) -> sfr.SFRWrapper:
     torch.manual_seed(0)
-    return sfr.SFRWrapper(Stages(classes), stages=r"stages\.\d", **options)
+    return sfr.SFRWrapper(Stages(classes), stages=r"stages\.\d")
 
 
 def all_correct(logits: Tensor, target: Tensor) -> Tensor:

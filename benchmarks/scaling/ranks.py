@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import sfr
 from benchmarks.scaling.network import CPU, Row, all_correct, milliseconds, wrapped
+from sfr.config import Smoothing
 from sfr.preflight.cost import compare_steps
 
 BATCH = 128  # images of all ranks together
@@ -58,11 +59,11 @@ def of_one_rank(rank: int, ranks: int, folder: str, repeats: int) -> None:
     dist.destroy_process_group()
 
 
-def count_messages(ranks: int, smoothing: str, classes: int = 1000) -> Row:
+def count_messages(ranks: int, smoothing: Smoothing, classes: int = 1000) -> Row:
     """Count what one step exchanges."""
-    model = wrapped(classes, smoothing=smoothing)
+    model = wrapped(classes)
     parallel = DistributedDataParallel(model)
-    criterion = sfr.SFRLoss(parallel)
+    criterion = sfr.SFRLoss(parallel, smoothing=smoothing)
     images, target = share_of_batch(classes)
     with Messages() as messages:
         loss = criterion(all_correct(parallel(images), target), target)

@@ -53,8 +53,8 @@ def against_cross_entropy(
 def feature_cost(batch: int, grid: int, repeats: int) -> Row:
     """Cost of the feature term alone, as the difference of two steps that are otherwise the same."""
     images, target = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
-    model = wrapped(10, max_grid=grid, smoothing="none")
-    criterion = sfr.SFRLoss(model)
+    model = wrapped(10)
+    criterion = sfr.SFRLoss(model, max_grid=grid)
 
     def plain() -> None:
         with model.disable():

@@ -70,11 +70,11 @@ def measure(
     train = make_step(plain, criterion, batches, args)
     for _ in range(args.train_steps):  # the features of an untrained network are an easy case
         train()
-    wrapped, unsolved = (sfr.SFRWrapper(copy.deepcopy(plain), config) for _ in range(2))
-    without_plans = make_step(unsolved, sfr.SFRLoss(unsolved), batches, args)
+    wrapped, unsolved = (sfr.SFRWrapper(copy.deepcopy(plain)) for _ in range(2))
+    without_plans = make_step(unsolved, sfr.SFRLoss(unsolved, config), batches, args)
     steps = {
         "plain": make_step(plain, criterion, batches, args),
-        "sfr": make_step(wrapped, sfr.SFRLoss(wrapped), batches, args),
+        "sfr": make_step(wrapped, sfr.SFRLoss(wrapped, config), batches, args),
         "unsolved": patch("sfr.feature.emd.solve", independent_coupling)(without_plans),
     }
     return compare_steps(steps, device, args.repeats, warmup=2)

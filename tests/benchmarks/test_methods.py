@@ -17,6 +17,7 @@ from benchmarks.accuracy.cell import Cell, Schedule
 from benchmarks.accuracy.methods import METHODS, build_arm, parse_arm
 from benchmarks.accuracy.methods.arm import Arm, Task
 from benchmarks.accuracy.methods.cutmix import mixed_batch, random_box
+from benchmarks.accuracy.methods.self_feature import SelfFeature
 from benchmarks.accuracy.training import CellRun
 from benchmarks.common.data import Parts
 from examples.common.data import Labelled
@@ -226,8 +227,13 @@ def test_sfr_with_past_predictions_is_ps_kd_and_the_feature_term(task: Task) -> 
 
 
 def test_alpha_of_sfr_ends_with_the_run_unless_told_otherwise(task: Task) -> None:
-    assert build_arm("sfr@smoothing=class_mean,alpha_end=0.9", task).model.sfr.config.alpha_steps == 24
-    assert build_arm("sfr@smoothing=class_mean,alpha_end=0.9,alpha_steps=5", task).model.sfr.config.alpha_steps == 5
+    def alpha_of(options: str) -> float | sfr.Ramp | None:
+        arm = build_arm(f"sfr@smoothing=class_mean,alpha_end=0.9{options}", task)
+        assert isinstance(arm, SelfFeature)
+        return arm.criterion.config.alpha
+
+    assert alpha_of("") == sfr.Ramp(0.5, 0.9, steps=24)
+    assert alpha_of(",alpha_steps=5") == sfr.Ramp(0.5, 0.9, steps=5)
 
 
 def test_dlb_trains_on_the_last_batch_again_and_agrees_with_what_was_said_of_it(task: Task) -> None:
@@ -389,8 +395,8 @@ def test_sfr_cutmix_is_sfr_on_mixed_images(task: Task) -> None:
     same_draws.set_state(arm.draws.generator.get_state())
     loss = arm(batch()).item()
     images, targets = mixed_batch(task, batch(), 1.0, same_draws)
-    model = sfr.SFRWrapper(copy.deepcopy(arm.model.unwrap()), weight=0.5)
-    criterion = sfr.SFRLoss(model)
+    model = sfr.SFRWrapper(copy.deepcopy(arm.model.unwrap()))
+    criterion = sfr.SFRLoss(model, feature_weight=0.5)
     assert loss == pytest.approx(criterion(model(images), targets).item())
     assert criterion.last.feature > 0
     assert loss != pytest.approx(F.cross_entropy(logits_of(task, batch()), task.labels[batch()]).item())

@@ -54,7 +54,7 @@ def test_scores_are_those_of_the_metric_of_the_other_examples():
 def test_the_trainings_of_a_seed_differ_in_the_two_lines_only():
     """With the switches off, sfr ends with the weights of the plain training."""
     images, labels = torch.rand(30, 1, 8, 8), torch.arange(30) % 10
-    off = {"weight": 0, "smoothing": "none"}
+    off = {"feature_weight": 0.0}
     plain, switched_off, two_lines = (compare.trained(images, labels, 2, 3, how)[0].weight for how in (None, off, {}))
     assert torch.equal(switched_off, plain)
     assert not torch.equal(two_lines, plain)

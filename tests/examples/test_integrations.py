@@ -122,7 +122,7 @@ class PlainNet(nn.Module):
 
 def weights_after_two_steps(folder, accumulation, weight, ignored):
     torch.manual_seed(0)
-    model = sfr.SFRWrapper(PlainNet(), stages=["layers.0", "layers.1"], weight=weight, smoothing="uniform")
+    model = sfr.SFRWrapper(PlainNet(), stages=["layers.0", "layers.1"])
     labels = [-100 if k in ignored else k % 8 for k in range(16)]
     images = [{"pixel_values": torch.randn(1, 8, 8), "labels": label} for label in labels]
     args = transformers.TrainingArguments(
@@ -137,7 +137,7 @@ def weights_after_two_steps(folder, accumulation, weight, ignored):
         remove_unused_columns=False,
         report_to="none",
     )
-    criterion = sfr.SFRLoss(model)
+    criterion = sfr.SFRLoss(model, feature_weight=weight, smoothing="uniform")
     transformers.Trainer(model, args, train_dataset=images, compute_loss_func=criterion).train()
     assert criterion.step == 2 * accumulation
     assert (criterion.last.feature > 0) == (weight > 0)

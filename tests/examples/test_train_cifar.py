@@ -107,9 +107,18 @@ def test_the_other_methods_train_too(tmp_path, method):
 
 
 def test_sfr_options_reach_the_configuration(tmp_path):
-    train(tmp_path, "--epochs", "1", "--sfr", "weight=0.5", "grouping=mean", "smoothing=class_mean", "update=epoch")
+    train(
+        tmp_path,
+        "--epochs",
+        "1",
+        "--sfr",
+        "feature_weight=0.5",
+        "grouping=mean",
+        "smoothing=class_mean",
+        "update=epoch",
+    )
     written = json.loads((tmp_path / "config.json").read_text())["sfr"]
-    assert (written["weight"], written["grouping"], written["update"]) == (0.5, "mean", "epoch")
+    assert (written["feature_weight"], written["grouping"], written["update"]) == (0.5, "mean", "epoch")
 
 
 def test_images_come_with_the_numbers_by_which_past_predictions_are_kept(tmp_path, monkeypatch):
@@ -251,7 +260,7 @@ def test_two_processes_share_weights_and_measure_what_one_would(tmp_path, import
         (["--lr", "0.2"], "lr was 0.1, is 0.2"),
         (["--seed", "1"], "seed was 0, is 1"),
         (["--model", "resnet20"], "model was 'resnet8', is 'resnet20'"),
-        (["--sfr", "weight=0.5"], "sfr was"),
+        (["--sfr", "feature_weight=0.5"], "sfr was"),
         (["--epochs", "4", "--batch-size", "16"], "batch_size was 32, is 16; epochs was 3, is 4"),
     ],
 )
@@ -342,8 +351,8 @@ def test_an_unwritable_output_directory_is_an_error_before_any_step(tmp_path, mo
         (["--batch-size", "128"], "--batch-size 128 is more than the 70 training images"),
         (["--model", "resnet21"], "--model resnet21: no such model"),
         (["--sfr", "wieght=1"], "--sfr: .*wieght"),
-        (["--sfr", "weight=-1"], "--sfr: weight must be finite and at least 0"),
-        (["--sfr", "stages='nowhere'"], "nowhere"),
+        (["--sfr", "feature_weight=-1"], "--sfr: feature_weight must be finite and at least 0"),
+        (["--stages", "nowhere"], "nowhere"),
         (["--init", __file__], r"--init: .*test_train_cifar\.py is not a readable file of weights"),
         (["--tracker", "aim"], "--tracker aim: its package is not installed"),
     ],
@@ -359,8 +368,9 @@ def test_a_wrong_option_is_an_error_that_leaves_no_run_behind(tmp_path, argument
     [
         ["--epochs", "0"],
         ["--val-fraction", "1"],
-        ["--sfr", "weight"],
-        ["--method", "vanilla", "--sfr", "weight=1"],
+        ["--sfr", "feature_weight"],
+        ["--method", "vanilla", "--sfr", "feature_weight=1"],
+        ["--method", "vanilla", "--stages", "layer1"],
         ["--data-dir", "."],
         ["--dataset", "cifar1000"],
     ],

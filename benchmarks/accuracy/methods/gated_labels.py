@@ -12,6 +12,8 @@ import sfr
 from benchmarks.accuracy.methods.arm import Task
 from benchmarks.accuracy.methods.self_feature import SelfFeature
 from sfr.config import DEFAULT_ALPHA
+from sfr.labels.class_means import ClassMeans
+from sfr.labels.source import Batch
 
 MEMORY = 0.98  # of the share of a class that is known, by sample
 
@@ -28,7 +30,7 @@ class GatedLabels(SelfFeature):
 
     def __init__(self, task: Task, gate: str = "class", **config: Any) -> None:
         super().__init__(task, **config)
-        alpha = self.model.sfr.config.alpha
+        alpha = self.criterion.config.alpha
         if isinstance(alpha, sfr.Ramp):
             raise ValueError(f"a gate needs a constant alpha; got {alpha}")
         alpha = DEFAULT_ALPHA["class_mean"] if alpha is None else alpha
@@ -46,10 +48,11 @@ class KnownClasses(sfr.DynamicLabelSmoothing):
         super().__init__(alpha=alpha)
         self.register_buffer("known", torch.zeros(num_classes))
 
-    def _smoothed_cross_entropy(self, log_probabilities: Tensor, target: Tensor, alpha: float) -> Tensor:
-        loss = gated_cross_entropy(log_probabilities, target, self.distributions, alpha * self.known[target])
+    def _towards(self, batch: Batch, rows: Tensor, alpha: float) -> Tensor:
+        target = batch.labels
+        loss = gated_cross_entropy(batch, rows, alpha * self.known[target])
         counts = target.bincount(minlength=len(self.known)).float()
-        correct = target.bincount(is_correct(log_probabilities, target).float(), minlength=len(self.known))
+        correct = target.bincount(is_correct(batch).float(), minlength=len(self.known))
         self.known = self.known.lerp(correct / counts.clamp_min(1), 1 - MEMORY**counts)
         return loss
 
@@ -60,9 +63,8 @@ class KnownSamples(sfr.DynamicLabelSmoothing):
     def __init__(self, alpha: float, num_classes: int) -> None:
         super().__init__(alpha=alpha)
 
-    def _smoothed_cross_entropy(self, log_probabilities: Tensor, target: Tensor, alpha: float) -> Tensor:
-        known = is_correct(log_probabilities, target).float()
-        return gated_cross_entropy(log_probabilities, target, self.distributions, alpha * known)
+    def _towards(self, batch: Batch, rows: Tensor, alpha: float) -> Tensor:
+        return gated_cross_entropy(batch, rows, alpha * is_correct(batch).float())
 
 
 class OneHotOfUnknown(sfr.DynamicLabelSmoothing):
@@ -70,14 +72,20 @@ class OneHotOfUnknown(sfr.DynamicLabelSmoothing):
 
     def __init__(self, alpha: float, num_classes: int) -> None:
         super().__init__(alpha=alpha, num_classes=num_classes)
+        self.means = OneHotMeans(self.momentum)
+        self.expect_classes(num_classes)
 
-    def _beginning(self, classes: int, like: Tensor) -> dict[str, Tensor]:
+
+class OneHotMeans(ClassMeans):
+    """Begins with the one-hot labels, and counts a sample that is not classified correctly as its label."""
+
+    def beginning(self, classes: int, like: Tensor) -> dict[str, Tensor]:
         return {"distributions": torch.eye(classes).to(like), "counts": like.new_zeros(classes)}
 
-    def _observe(self, log_probabilities: Tensor, target: Tensor, images: int) -> None:
-        onehot = F.one_hot(target, log_probabilities.shape[1]).to(log_probabilities)
-        known = is_correct(log_probabilities, target)[:, None]
-        super()._observe(torch.where(known, log_probabilities, onehot.log()), target, images)
+    def observe(self, batch: Batch) -> None:
+        onehot = F.one_hot(batch.labels, batch.log_probabilities.shape[1]).to(batch.log_probabilities)
+        counted = torch.where(is_correct(batch)[:, None], batch.log_probabilities, onehot.log())
+        super().observe(batch._replace(log_probabilities=counted))
 
 
 GATES: dict[str, type[KnownClasses | KnownSamples | OneHotOfUnknown]] = {
@@ -87,12 +95,12 @@ GATES: dict[str, type[KnownClasses | KnownSamples | OneHotOfUnknown]] = {
 }
 
 
-def is_correct(log_probabilities: Tensor, target: Tensor) -> Tensor:
-    return log_probabilities.argmax(dim=1) == target
+def is_correct(batch: Batch) -> Tensor:
+    return batch.log_probabilities.argmax(dim=1) == batch.labels
 
 
-def gated_cross_entropy(log_probabilities: Tensor, target: Tensor, means: Tensor, alpha: Tensor) -> Tensor:
-    """Return the mean cross-entropy, 0-d, of rows (N, K) against labels (N,) smoothed by alpha (N,)."""
-    onehot = F.one_hot(target, log_probabilities.shape[1]).to(log_probabilities)
-    smoothed = (1 - alpha[:, None]) * onehot + alpha[:, None] * means[target]
-    return -(smoothed * log_probabilities).sum(dim=1).mean()
+def gated_cross_entropy(batch: Batch, rows: Tensor, alpha: Tensor) -> Tensor:
+    """Return the mean cross-entropy, 0-d, against the labels smoothed towards rows (N, K) by alpha (N,)."""
+    onehot = F.one_hot(batch.labels, batch.log_probabilities.shape[1]).to(batch.log_probabilities)
+    smoothed = (1 - alpha[:, None]) * onehot + alpha[:, None] * rows
+    return -(smoothed * batch.log_probabilities).sum(dim=1).mean()

@@ -11,28 +11,28 @@ from benchmarks.accuracy.methods.arm import Arm, Task
 
 
 class SelfFeature(Arm):
-    """Self-feature regularization; options are fields of :class:`sfr.SFRConfig`.
+    """Self-feature regularization; options are fields of :class:`sfr.SFRConfig`, also under the names of before 0.2.
 
-    Alpha moves to `alpha_end` over the whole run unless `alpha_steps` is given.
+    Committed cells are named by those: `weight`, `warmup`, and `alpha_end`, to which alpha moves over the whole run
+    unless `alpha_steps` is given. `stages` is the wrapper's.
     """
 
     model: sfr.SFRWrapper
 
-    def __init__(self, task: Task, **config: Any) -> None:
+    def __init__(self, task: Task, stages: str | None = None, **config: Any) -> None:
         super().__init__(task)
         if config.get("smoothing") == "past":
             config["num_samples"] = len(task.labels)
         if "alpha_end" in config:
             config = {"alpha_steps": task.epochs * task.epoch_steps} | config
-        self.model = sfr.SFRWrapper(task.model, **config)
-        self.criterion = sfr.SFRLoss(self.model)
+        self.model = sfr.SFRWrapper(task.model, stages=stages)
+        self.criterion = sfr.SFRLoss(self.model, config)
 
     def forward(self, indices: Tensor) -> Tensor:
         return self.criterion(self.model(self.task.images(indices)), self.task.labels[indices], index=indices)
 
     def end_epoch(self) -> None:
-        if self.model.sfr.config.update == "epoch":
-            self.criterion.end_epoch()
+        self.criterion.end_epoch()
 
     def settings(self) -> dict[str, Any]:
-        return self.model.sfr.config.to_dict()
+        return self.criterion.config.to_dict()

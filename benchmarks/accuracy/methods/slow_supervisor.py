@@ -18,19 +18,20 @@ class SlowSupervisor(SelfFeature):
 
     The average sees the same augmented images, with the batch's own statistics in its normalisations; it follows the
     network after every step, faster at first (Tarvainen & Valpola, arXiv 1703.01780, whose rule for that it is). Other
-    options are fields of :class:`sfr.SFRConfig`, of which `warmup` and ramps have no effect here. It costs a second
-    forward.
+    options are fields of :class:`sfr.SFRConfig`, with a constant weight. It costs a second forward.
     """
 
     steps: Tensor
 
-    def __init__(self, task: Task, decay: float = 0.99, **config: Any) -> None:
+    def __init__(self, task: Task, decay: float = 0.99, stages: str | None = None, **config: Any) -> None:
         plain = copy.deepcopy(task.model).requires_grad_(False)  # before its stages are tapped
-        super().__init__(task, **config)
-        settings = self.model.sfr.config
-        self.average = sfr.SFRWrapper(plain, settings)
+        super().__init__(task, stages, **config)
+        settings = self.criterion.config
+        if isinstance(settings.feature_weight, sfr.Ramp):
+            raise ValueError(f"a slow supervisor needs a constant weight; got {settings.feature_weight}")
+        self.average = sfr.SFRWrapper(plain, stages=stages)
         self.distance = sfr.EMDL2Loss(settings.cost, settings.marginals, settings.solver)
-        self.decay, self.weight = decay, settings.largest_weight
+        self.decay, self.weight = decay, settings.feature_weight
         self.register_buffer("steps", torch.tensor(0))
 
     def forward(self, indices: Tensor) -> Tensor:
