@@ -1,5 +1,8 @@
 """The command `python -m benchmarks.accuracy`."""
 
-from benchmarks.accuracy.runner import main
+from benchmarks.accuracy.runner import main, parse_arguments
 
-main()
+__all__ = ["main", "parse_arguments"]
+
+if __name__ == "__main__":
+    main()

@@ -65,10 +65,7 @@ here."""
 
 def main() -> None:
     """Write the pages and the plot, or say which of them are out of date."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, fail if a page or the plot is out of date")
-    parser.add_argument("--results", type=Path, help="folder of other cells; print what they give, write nothing")
-    args = parser.parse_args()
+    args = parse_arguments()
     if args.results:
         print(other_cells(args.results))
         return
@@ -83,6 +80,13 @@ def main() -> None:
         page.write_text(text)
     if plot:
         draw(plot, PLOT)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if a page or the plot is out of date")
+    parser.add_argument("--results", type=Path, help="folder of other cells; print what they give, write nothing")
+    return parser.parse_args()
 
 
 def pages(groups: Sequence[Group]) -> dict[Path, str]:

@@ -28,10 +28,7 @@ RANKS = (1, 2, 4)
 
 def main() -> None:
     """Count and measure, print the tables and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULTS / "scaling-cpu.json")
-    parser.add_argument("--repeats", type=int, default=25)
-    args = parser.parse_args()
+    args = parse_arguments()
     torch.set_num_threads(1)
     parts: dict[str, list[Row]] = {
         "label term by classes": [label_cost(classes, args.repeats) for classes in (10, 100, 1000, 4000, 10000)],
@@ -49,6 +46,13 @@ def main() -> None:
     for name, rows in parts.items():
         print(f"\n**{name[0].upper()}{name[1:]}**\n\n{table(rows)}")
     print(f"\nwrote {args.output}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=RESULTS / "scaling-cpu.json")
+    parser.add_argument("--repeats", type=int, default=25)
+    return parser.parse_args()
 
 
 def table(rows: list[Row]) -> str:

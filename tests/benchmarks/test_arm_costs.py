@@ -11,13 +11,15 @@ from benchmarks.accuracy.training import CellRun
 from benchmarks.step_cost import arm_costs
 from sfr.preflight.cost import StepCost
 
-SCHEDULE = Schedule(epochs=10, batch_size=8, image_size=16, per_class=4)  # 400 images: 50 steps an epoch
+SCHEDULE = Schedule(
+    epochs=10, batch_size=8, image_size=16, per_class=4, precision="fp32"
+)  # 400 images: 50 steps an epoch
 
 
 @pytest.fixture
 def run_of():
     def build(arm: str) -> CellRun:
-        cell = Cell(arm, 0, "test", "small")
+        cell = Cell(arm, 0, "test", "small", "resnet8")
         return CellRun(cell, SCHEDULE, arm_costs.random_parts(100, 4), torch.device("cpu"))
 
     return build

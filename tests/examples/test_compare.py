@@ -1,28 +1,18 @@
 """The first command compares sfr with plain training in pairs, prints every seed, and draws what it prints."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
+from scripts import run_example
 
 import compare
 from common.metrics import classification_scores
 
 
-def test_the_command_prints_every_seed_and_the_paired_difference_and_draws_it(tmp_path, examples, environment):
-    small = ["--labels", "3", "--wrong", "0.2", "--epochs", "2", "--seeds", "3", "5"]
-    done = subprocess.run(
-        [sys.executable, examples / "compare.py", *small],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    printed = done.stdout
+def test_the_command_prints_every_seed_and_the_paired_difference_and_draws_it(tmp_path, capfd):
+    run_example("compare.py", tmp_path, "--labels", "3", "--wrong", "0.2", "--epochs", "2", "--seeds", "3", "5")
+    printed, complaints = capfd.readouterr()
+    assert complaints == ""
     assert printed.startswith("30 labelled digits, 20% of the labels wrong, 2 epochs")
     rows = {line[:24].strip(): line[24:].split("  ") for line in printed.splitlines()}
     scores = {name: [float(cell) for cell in cells if cell] for name, cells in rows.items() if name.startswith("seed ")}
@@ -69,7 +59,3 @@ def test_labels_are_as_few_and_as_wrong_as_asked_and_the_same_every_time():
     again = compare.few_labels(labels, 10, 0.1, seed=4)
     assert torch.equal(again[0], train)
     assert torch.equal(again[1], given)
-
-
-def test_the_example_is_short(examples):
-    assert len((examples / "compare.py").read_text().splitlines()) <= 131

@@ -1,11 +1,9 @@
 """Hugging Face's Trainer, Lightning and torchrun use the feature term, save the plain model and resume exactly."""
 
-import runpy
 import shutil
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import lightning
 import pytest
@@ -13,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
+from scripts import run_example
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -35,16 +34,6 @@ def _their_own_warnings():
         yield
 
 
-def run_example(name: str, folder: Path, *arguments: str) -> dict:
-    """Run an example as a script in an empty folder; return its global names."""
-    script = Path(__file__).parents[2] / "examples" / name
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", [str(script), *arguments])
-        return runpy.run_path(str(script), run_name="__main__")
-
-
 def assert_feature_term_used(last):
     assert last.feature.isfinite()
     assert last.feature > 0
@@ -55,11 +44,6 @@ def assert_equal_states(first, second):
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
-
-
-@pytest.mark.parametrize("name", ["hf_trainer.py", "lightning_module.py", "torchrun_ddp.py"])
-def test_examples_are_short(examples, name):
-    assert len((examples / name).read_text().splitlines()) <= 41
 
 
 # Hugging Face's Trainer

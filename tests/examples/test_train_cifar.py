@@ -207,21 +207,21 @@ def test_kill_around_a_checkpoint_leaves_a_usable_one(tmp_path, monkeypatch, und
 
 
 def test_resume_is_exact_with_loading_processes(tmp_path, monkeypatch):
-    train(tmp_path / "undisturbed", "--num-workers", "1")
+    arguments = ("--num-workers", "1", "--epochs", "2")
+    train(tmp_path / "undisturbed", *arguments)
     with monkeypatch.context() as patch:
         kill_at_call(patch, accelerate.Accelerator, "backward", 4)
         with pytest.raises(Killed):
-            train(tmp_path / "killed", "--num-workers", "1")
-    train(tmp_path / "killed", "--num-workers", "1", "--resume")
+            train(tmp_path / "killed", *arguments)
+    train(tmp_path / "killed", *arguments, "--resume")
     assert_same_weights(weights(tmp_path / "killed"), weights(tmp_path / "undisturbed"))
 
 
-def test_resuming_a_finished_run_changes_nothing(tmp_path):
-    train(tmp_path)
-    before = weights(tmp_path), metrics(tmp_path)
-    train(tmp_path, "--resume")
-    assert_same_weights(weights(tmp_path), before[0])
-    assert metrics(tmp_path) == before[1]
+def test_resuming_a_finished_run_changes_nothing(tmp_path, undisturbed):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    train(tmp_path / "run", "--resume")
+    assert_same_weights(weights(tmp_path / "run"), weights(undisturbed))
+    assert metrics(tmp_path / "run") == metrics(undisturbed)
 
 
 TWO_PROCESSES = """
