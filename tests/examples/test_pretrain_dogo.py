@@ -10,6 +10,7 @@ from torchvision.transforms.v2 import functional as transforms
 from written_runs import Killed, assert_same_weights, kill_at_call, metrics, weights
 
 import pretrain_dogo
+from benchmarks.pretrain import dogo
 from common import two_views
 from common.checkpoint_files import checkpoints
 from common.data import SOURCES, load_splits
@@ -96,6 +97,18 @@ def test_encode_gives_features_of_plain_images_in_their_order():
     one_by_one = [network.eval().features(plain_view(image[None], 8, SOURCES["digits"])) for image in images.pixels[:3]]
     torch.testing.assert_close(features[:3], torch.cat(one_by_one), atol=1e-5, rtol=1e-4)
     assert features.shape == (40, 128)
+
+
+def test_the_benchmark_judges_the_encoders_that_the_run_has_left(undisturbed, monkeypatch):
+    recipe = {"--dataset": "digits", "--models": "resnet8 wrn_16_2", "--batch-size": "16", "--image-size": "8"}
+    monkeypatch.setattr(dogo, "RECIPE", recipe)
+    splits = load_splits("digits", None, limit=40)
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    for place, network in zip(pretrain_dogo.NAMES, dogo.encoders(weights(undisturbed)).values(), strict=True):
+        train, test = (dogo.encoded(network, part.data, "no") for part in (splits.train, splits.test))
+        judged = train, splits.train.data.labels, test, splits.test.data.labels
+        assert knn_accuracy(*judged) == summary[f"{place}_knn_accuracy"]
+        assert linear_accuracy(*judged, 10) == summary[f"{place}_linear_accuracy"]
 
 
 @pytest.mark.parametrize(
