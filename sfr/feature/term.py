@@ -16,11 +16,12 @@ from sfr.feature.pairs import resolve_pairs
 
 
 class Pair(NamedTuple):
-    """What the transport of one pair of stages is between.
+    """The two sides of one pair of stages, ready for the transport.
 
-    Args:
-        shallow, deep: names of the stages.
-        nodes: of the two, (B * G, N, C) and (B * G, M, C), G problems an image
+    Attributes:
+        shallow: name of the shallow stage.
+        deep: name of the deep stage.
+        nodes: nodes of the two, (B * G, N, C) and (B * G, M, C), with G problems an image
             (:func:`sfr.feature.channels.match_channels`).
         finite: which images have finite features on both sides, (B,); the nodes of others are zero.
     """
@@ -39,7 +40,7 @@ class Pair(NamedTuple):
 class Term(NamedTuple):
     """The feature term of one pair.
 
-    Args:
+    Attributes:
         value: the term, 0-d; an image whose features are not finite counts as 0.
         distance: how far apart the two sides are, 0-d, without gradient: the term or, with "sqeuclidean", the term over
             the sum of the mean squares of both sides.
