@@ -1,6 +1,6 @@
 """sfr: deep features of a network supervise its own shallow ones, in two lines of any PyTorch training loop."""
 
-from sfr import transport
+from sfr import plot, transport
 from sfr.config import Ramp, SFRConfig
 from sfr.criterion import SFRLoss
 from sfr.feature.channels import channel_segments
@@ -21,6 +21,7 @@ __all__ = [
     "SFRWrapper",
     "channel_segments",
     "emd_l2",
+    "plot",
     "smooth_labels",
     "transport",
     "unwrap",

@@ -69,20 +69,58 @@ def emd_l2(
             f"got {tuple(shallow.shape)} and {tuple(deep.shape)}"
         )
     with torch.autocast(shallow.device.type, enabled=False):
-        dtype = torch.promote_types(torch.promote_types(shallow.dtype, deep.dtype), torch.float32)
-        shallow, deep = shallow.to(dtype), deep.to(dtype)
-        if cost != "sqeuclidean":
-            # Squares of very large and very small features become representable, and no angle changes.
-            shallow, deep = (side / root_mean_square(side) for side in (shallow, deep))
-        a, b = cross_reference(shallow, deep) if marginals == "cross" else (None, None)
-        if cost == "correlation":
-            shallow, deep = (side - side.mean(dim=2, keepdim=True) for side in (shallow, deep))
-        if cost != "sqeuclidean":
-            shallow, deep = unit_length(shallow), unit_length(deep)
+        shallow, deep, a, b = _comparable(shallow, deep, cost, marginals)
         value = _SquaredTransport.apply(shallow, deep, a, b, solver)
         if cost != "sqeuclidean":
             value = value * (shallow.shape[2] / 2)  # half the squared distance of unit vectors is 1 - cos
     return value.mean() if reduction == "mean" else value
+
+
+@torch.no_grad()
+def transport_plan(
+    shallow: Tensor,
+    deep: Tensor,
+    *,
+    cost: Cost = "sqeuclidean",
+    marginals: Marginals = "uniform",
+    solver: Solver = "auto",
+) -> Tensor:
+    """Return the transport plan that :func:`emd_l2` uses for the same arguments.
+
+    Args:
+        shallow: nodes, shape (B, N, C), floating.
+        deep: nodes, shape (B, M, C), floating.
+        cost, marginals, solver: see :func:`emd_l2`.
+
+    Returns:
+        Plans of shape (B, N, M): the mass of node p of the shallow side that is matched with node q of the deep side.
+        Each plan sums to 1.
+
+    Example:
+        >>> nodes = torch.eye(3).unsqueeze(0)
+        >>> transport_plan(nodes, nodes.roll(1, dims=1)).argmax(dim=2)
+        tensor([[1, 2, 0]])
+    """
+    with torch.autocast(shallow.device.type, enabled=False):
+        shallow, deep, a, b = _comparable(shallow, deep, cost, marginals)
+        return solve(_squared_cost(shallow, deep), a, b, solver)
+
+
+def _comparable(
+    shallow: Tensor, deep: Tensor, cost: Cost, marginals: Marginals
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return both sides such that their squared distance is the ground cost, up to its unit, and the two marginals."""
+    dtype = torch.promote_types(torch.promote_types(shallow.dtype, deep.dtype), torch.float32)
+    shallow, deep = shallow.to(dtype), deep.to(dtype)
+    if cost != "sqeuclidean":
+        # Squares of very large and very small features become representable, and no angle changes.
+        shallow, deep = (side / root_mean_square(side) for side in (shallow, deep))
+    a, b = cross_reference(shallow, deep) if marginals == "cross" else (None, None)
+    if cost == "correlation":
+        shallow, deep = (side - side.mean(dim=2, keepdim=True) for side in (shallow, deep))
+    if cost != "sqeuclidean":
+        shallow, deep = unit_length(shallow), unit_length(deep)
+    return shallow, deep, a, b
 
 
 @torch.no_grad()
