@@ -12,10 +12,9 @@ from sfr.feature.emd import transport_plan
 from sfr.feature.nodes import Grid, common_grids
 from sfr.feature.pairs import resolve_pairs
 from sfr.feature.term import Pair, matched_pairs
-from sfr.model.formats import as_map
 from sfr.model.outputs import part_with_graph
 from sfr.model.record import known_record
-from sfr.preflight.report import _unchanged as unchanged
+from sfr.model.unchanged import unchanged
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,7 +98,7 @@ def _matched(criterion: SFRLoss, images: Tensor, pair: tuple[int | str, int | st
     config, model = criterion.config, criterion.model
     with unchanged(model):
         features = known_record(model).take_features(part_with_graph(model(images)))
-    maps = {name: as_map(feature, criterion.view_of(name, feature)) for name, feature in features.items()}
+    maps = criterion.maps.of(features)
     names = list(maps)
     [(i, j)] = resolve_pairs([pair], names)
     for name in (names[i], names[j]):
@@ -108,15 +107,7 @@ def _matched(criterion: SFRLoss, images: Tensor, pair: tuple[int | str, int | st
                 f"stage {name!r} is no map with two spatial axes, which could be drawn over an image: as a map its "
                 f"output has shape {tuple(maps[name].shape)}; choose two other stages of {', '.join(names)}"
             )
-    [matched] = matched_pairs(
-        maps,
-        order=names,
-        pairs=[(i, j)],
-        max_grid=config.max_grid,
-        grouping=config.grouping,
-        detach_deep=True,
-        cost=config.cost,
-    )
+    [matched] = matched_pairs(maps, order=names, **config.of_pairs() | {"pairs": [(i, j)]})
     return matched, common_grids(tuple(maps[names[i]].shape[2:]), tuple(maps[names[j]].shape[2:]), config.max_grid)
 
 

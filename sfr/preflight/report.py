@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -17,6 +16,7 @@ from sfr.model.arguments import forward_arguments
 from sfr.model.maps import Maps
 from sfr.model.outputs import logits_in
 from sfr.model.record import known_record
+from sfr.model.unchanged import unchanged
 from sfr.parts import LossParts
 from sfr.preflight.cost import StepCost, compare_steps
 from sfr.transport import default_solver
@@ -56,7 +56,7 @@ class PairRow:
 
 @dataclass(frozen=True)
 class Report:
-    """What :meth:`sfr.SFRWrapper.report` found; ``print`` it.
+    """What :func:`sfr.preflight.report.report` found; ``print`` it.
 
     Args:
         stages: the tapped stages, in forward order.
@@ -160,7 +160,7 @@ def report(criterion: Criterion, *example_input: Any, target: Any = None, repeat
     record = known_record(model)
     args, kwargs = forward_arguments(model, example_input)
 
-    with _unchanged(model):
+    with unchanged(model):
         output = model(*args, **kwargs)
         logits = logits_in(output)
         if logits is None:
@@ -221,29 +221,6 @@ def _mean_of(output: Any, _: Any = None) -> Tensor:
     """Return the mean over all floating-point tensors in a model's output."""
     leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     return torch.stack([leaf.float().mean() for leaf in leaves]).mean()
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Train inside, and put buffers, gradients, mode and random state back afterwards."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    devices = {parameter.device for parameter, _ in gradients if parameter.device.type == "cuda"}
-    for parameter, _ in gradients:
-        parameter.grad = None
-    try:
-        with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
-            model.train()
-            yield
-    finally:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
-        for module, mode in modes:
-            module.training = mode
 
 
 def _terms(loss: LossParts) -> list[str]:

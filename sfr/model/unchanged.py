@@ -1,0 +1,32 @@
+"""unchanged(): steps of a model that leave nothing behind in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Train inside, and put buffers, gradients, mode and random state back afterwards."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {parameter.device for parameter, _ in gradients if parameter.device.type == "cuda"}
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
+            model.train()
+            yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+        for module, mode in modes:
+            module.training = mode
