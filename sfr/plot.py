@@ -137,8 +137,10 @@ def _draw_matches(axes: Axes, plan: Tensor, grids: tuple[Grid, Grid], size: torc
         if (x, y) == (from_x, from_y):
             axes.plot(x, y, "o", color=colour, markersize=7, markeredgecolor="black", alpha=share)
         else:
-            arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 2 * share, "alpha": 0.4 + 0.6 * share}
-            axes.annotate("", (x, y), (from_x, from_y), arrowprops={**arrow, "shrinkA": 0, "shrinkB": 0})
+            arrow = {"arrowstyle": "-|>", "connectionstyle": "arc3,rad=0.15", "shrinkA": 0, "shrinkB": 0}
+            axes.annotate(
+                "", (x, y), (from_x, from_y), arrowprops={**arrow, "color": colour, "linewidth": 2, "alpha": share}
+            )
 
 
 def _centres(grid: Grid, size: torch.Size) -> list[tuple[float, float]]:

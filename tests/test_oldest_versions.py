@@ -12,7 +12,8 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-TOOLS = {"ruff", "mypy", "build"}  # what checks and packs the code, not what it runs with
+# What checks, packs and describes the code, not what it runs with.
+TOOLS = {"ruff", "mypy", "build", "mkdocs-material", "mkdocstrings[python]"}
 
 
 def test_ci_tests_with_the_lower_bound_of_every_dependency() -> None:
