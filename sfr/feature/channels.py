@@ -11,7 +11,7 @@ from sfr.config import Grouping
 def channel_segments(nodes: Tensor, channels: int) -> Tensor:
     """Cut the channels of nodes into segments of `channels` consecutive ones (many-to-one; our reading).
 
-    ``G = C // channels`` segments, at least one. Where C is no multiple of `channels` the channels are first
+    There are ``G = C // channels`` segments. If C is not a multiple of `channels`, the channels are first
     average-pooled to ``G * channels``.
 
     Args:
@@ -41,8 +41,8 @@ def channel_segments(nodes: Tensor, channels: int) -> Tensor:
 def match_channels(shallow: Tensor, deep: Tensor, grouping: Grouping) -> tuple[Tensor, Tensor]:
     """Bring a pair of nodes to the same number of channels without any parameter.
 
-    The deep nodes are cut into G segments as wide as the shallow ones (:func:`channel_segments`). Where the deep map
-    is the narrower one, the shallow nodes are cut and averaged instead, and G = 1.
+    The deep nodes are cut into G segments as wide as the shallow ones (:func:`channel_segments`). If the deep
+    map is the narrower one, the shallow nodes are cut and averaged instead, and G = 1.
 
     Args:
         shallow: nodes of shape (B, N, C).

@@ -36,10 +36,10 @@ def emd_l2(
         shallow: nodes, shape (B, N, C), floating.
         deep: nodes, shape (B, M, C), floating.
         cost: "sqeuclidean", the squared l2 distance as a mean over channels (scale of ``F.mse_loss``); "cosine",
-            ``1 - cos``, in [0, 2]; or "correlation", the same of nodes centred over their channels, which neither
-            scale nor a common offset of the channels (as of features after a ReLU) changes. Both are computed as half
-            the squared distance of nodes of unit length, in which nodes shorter than a thousandth of the root mean
-            square length count as zero vectors, the more the shorter they are.
+            ``1 - cos``, in [0, 2]; or "correlation", the cosine of nodes centred over their channels, which ignores
+            their scale and a common offset of the channels (as after a ReLU). Both are computed as half the squared
+            distance of nodes of unit length; a node shorter than a thousandth of the root mean square length stays
+            shorter than 1 and so counts less.
         marginals: "uniform" or "cross", DeepEMD's cross-reference weights ``relu(<s_p, mean_q d_q>) + 1e-3``,
             normalised, without gradient.
         solver: see :func:`sfr.transport.solve`.
@@ -127,7 +127,7 @@ def _comparable(
 def root_mean_square(nodes: Tensor) -> Tensor:
     """Return the root mean square of each set of nodes (B, N, C), shape (B, 1, 1), without overflow.
 
-    Where all nodes are zero it is the smallest normal number, by which zeros can be divided.
+    If all nodes are zero, it is the smallest normal number, so that it can be divided by.
     """
     tiny = torch.finfo(nodes.dtype).tiny
     largest = nodes.abs().amax(dim=(1, 2), keepdim=True).clamp_min(tiny)

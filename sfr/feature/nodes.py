@@ -14,8 +14,8 @@ Grid = tuple[int, ...]
 def common_grids(shallow: Grid, deep: Grid, max_grid: int) -> tuple[Grid, Grid]:
     """Return the grids to pool a pair of maps to: at most `max_grid` cells an axis, and no map is ever enlarged.
 
-    A token sequence counts as one axis of at most ``max_grid**2`` cells. Where the two maps have the same number of
-    axes, the shallow one takes the grid of the deep one as far as it is large enough.
+    A token sequence counts as one axis of at most ``max_grid**2`` cells. If both maps have the same number of axes, the
+    shallow map takes the grid of the deep one, or its own size where that is smaller.
 
     Example:
         >>> common_grids((32, 32), (4, 4), max_grid=8)

@@ -72,7 +72,7 @@ def feature_terms(
     Args:
         maps: outputs of the stages, channels first, (B, C, *spatial), or (B, C) of vectors, by name, the shallowest
             first.
-        order: names of all stages, if `maps` may lack some, whose pairs are left out. Default: those of `maps`.
+        order: names of all stages; pairs of a stage that `maps` lacks are left out. Default: the names in `maps`.
         pairs, max_grid, grouping, detach_deep, cost, marginals, solver: see :class:`sfr.SFRConfig`.
 
     Example:
@@ -104,7 +104,7 @@ def matched_pairs(
     detach_deep: bool,
     cost: Cost,
 ) -> Iterator[Pair]:
-    """Yield what the transport of each pair is between; the arguments are those of :func:`feature_terms`."""
+    """Yield both sides of each pair, ready for the transport; for the arguments see :func:`feature_terms`."""
     names = list(maps) if order is None else order
     device = next((maps[name].device for name in reversed(list(maps))), None)  # of a model spread over several
     pooled: dict[tuple[str, Grid], tuple[Tensor, Tensor]] = {}
@@ -127,7 +127,7 @@ def matched_pairs(
 def _finite(nodes: Tensor, cost: Cost) -> tuple[Tensor, Tensor]:
     """Zero the nodes of images that hold a value that is not finite; return them and which images are sound.
 
-    With "sqeuclidean" the squares of their differences have to be finite, too.
+    With "sqeuclidean" the squares of their differences have to be finite as well.
     """
     values = nodes.detach()
     if cost == "sqeuclidean":

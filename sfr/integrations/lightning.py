@@ -12,7 +12,8 @@ from sfr.criterion import SFRLoss
 class SFRCallback(Callback):
     """Logs the parts of the loss, and keeps the criterion's state in the checkpoints.
 
-    Needed for the log only, if the criterion is a submodule of the LightningModule: its state is then in the module's.
+    If the criterion is a submodule of the LightningModule, Lightning saves its state anyway; the callback then only
+    logs.
 
     Args:
         criterion: the criterion; None takes the module's attribute ``criterion``.

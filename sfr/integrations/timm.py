@@ -11,14 +11,14 @@ from sfr.criterion import SFRLoss
 
 
 class SFRTask(ClassificationTask):
-    """timm's ``ClassificationTask`` with the feature term, whose checkpoints hold the criterion's state, too.
+    """timm's ``ClassificationTask`` with the feature term; its checkpoints also hold the criterion's state.
 
     Needs timm 1.0.31 or newer. The result of a training step also has "label" and "feature", the parts of the loss.
 
     Args:
         model: the wrapped model, :class:`sfr.SFRWrapper`.
         criterion: the criterion; default ``SFRLoss(model)``.
-        **options: those of ``ClassificationTask``.
+        **options: further arguments of ``ClassificationTask``.
 
     Example:
         >>> import sfr, timm
@@ -39,7 +39,7 @@ class SFRTask(ClassificationTask):
         return result
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """Return the criterion's state, for the checkpoint; that of the average of the model has none."""
+        """Return the criterion's state for the checkpoint; the averaged model (EMA) has none."""
         return {} if ema else {"criterion": self.criterion.state_dict()}
 
     def load_task_state(

@@ -53,7 +53,7 @@ class SFRCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Put the parts of the loss beside the training loss, in the log and in its history."""
+        """Add the parts of the loss to the log of the training loss and to the log history."""
         if logs is None or "loss" not in logs or not self.criterion.step:
             return
         parts = {f"sfr/{name}": value for name, value in self.criterion.last.as_dict().items()}
@@ -77,7 +77,8 @@ class SFRCallback(TrainerCallback):
                 self.criterion.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
                 return
         warn_user(
-            f"training resumes, and the criterion starts anew: there is no {' nor '.join(map(str, files))}. If the "
+            f"training resumes, but the criterion starts anew, because none of these files exists: "
+            f"{', '.join(map(str, files))}. If the "
             "checkpoint is elsewhere, pass its folder: SFRCallback(criterion, resume_from=...)"
         )
 

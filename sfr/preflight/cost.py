@@ -39,11 +39,11 @@ def compare_steps(
 ) -> dict[str, StepCost]:
     """Run several kinds of step in turn, so that a noisy machine disturbs all alike.
 
-    Every round has another order, for what a step leaves in the caches decides how fast the next one starts.
+    The order changes from round to round, because what a step leaves in the caches affects the next one.
 
     Args:
         steps: what to run, by name.
-        device: where the steps compute; an accelerator is waited for before a clock is read.
+        device: where the steps compute; an accelerator is synchronised before the clock is read.
         repeats: timed runs of each, >= 1.
         warmup: untimed runs of each before, >= 0.
 
@@ -85,7 +85,7 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> int:
 
 
 def wait_for(device: torch.device) -> None:
-    """Let the host wait until an accelerator has done its work, before a clock is read."""
+    """Wait until an accelerator has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 

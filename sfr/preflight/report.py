@@ -145,9 +145,9 @@ def report(criterion: Criterion, *example_input: Any, target: Any = None, repeat
         criterion: the :class:`sfr.SFRLoss`; stages of its model that are not yet discovered are.
         *example_input: arguments of one forward, best a batch of the size to be trained with: as the model takes them,
             ``report(x)`` or ``report(x, y)``, or all in one tuple or dict.
-        target: what the criterion is called with beside the output; None draws random labels. They need a model that
-            returns logits, or an output with ``logits`` or that begins with them, and a criterion without a loss of the
-            user's own. Else the mean of all numbers of the output stands for the loss.
+        target: the second argument of the criterion; None draws random labels. That needs a model that returns logits,
+            or an output that has ``logits`` or begins with them, and a criterion without `label_loss`. Otherwise the
+            mean of all numbers in the output is used as the loss.
         repeats: timed steps of each kind, >= 1.
 
     Returns:

@@ -37,7 +37,7 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float = 0.5) -> Tensor:
         A 0-d tensor; log(2B - 1) where all embeddings are alike.
 
     Raises:
-        ValueError: for shapes that do not fit, or a batch of one image, which has nothing to be told from.
+        ValueError: for shapes that do not fit, or a batch of one image, which has no others to compare with.
 
     Reference:
         Chen et al., A Simple Framework for Contrastive Learning, ICML 2020.
@@ -97,7 +97,7 @@ def similarity_kl(own: Embeddings, peer: Embeddings, temperature: float = 0.1) -
         P_{i\cdot} = \mathrm{softmax}_j \frac{\cos(a_i, b_j)}{\tau}, \qquad Q \text{ likewise, of the peer}
 
     The rows are the first views, the columns the second ones, positives included; the widths of the two networks may
-    differ, for only similarities are compared.
+    differ, because only similarities are compared.
 
     Args:
         own: the network's embeddings (a, b) of its two views, each of shape (B, D).
@@ -136,10 +136,10 @@ class DoGoLoss(nn.Module):
 
     with :func:`nt_xent` or :func:`simsiam` as the self-supervised term and :func:`similarity_kl` as the mutual one.
     With "simsiam" a network's predictions are held against its peer's projections. Each loss has gradients for its
-    own network only, so that their sum can be sent through one backward.
+    own network only, so one backward of their sum trains both.
 
     The mutual term is a mean over the B rows. The authors' code averages over all B² entries: their weight w is
-    ``w / B`` here, so that their 100 at a batch of 256 is the default of 0.39.
+    ``w / B`` here. The default of 0.39 is their 100 at a batch of 256.
 
     Under ``torch.distributed`` the embeddings of all ranks are gathered, so that each rank computes the loss of the
     global batch; with DDP (or whatever else averages gradients over the ranks) the gradients are exactly those of one
@@ -197,10 +197,10 @@ class DoGoLoss(nn.Module):
         """Return the loss of each of the two networks, or of `first` trained alone.
 
         Args:
-            first: what the first network makes of its two views of the batch, each of shape (B, D): ``(projection a,
-                projection b)`` for "simclr", ``(projection a, projection b, prediction a, prediction b)`` for
-                "simsiam". :class:`sfr.pretrain.TwoViewNetwork` returns just that.
-            second: the second network's, of the same images, (B, E); None trains `first` alone.
+            first: embeddings of the first network for its two views of the batch, each of shape (B, D):
+                ``(projection a, projection b)`` for "simclr", ``(projection a, projection b, prediction a,
+                prediction b)`` for "simsiam". :class:`sfr.pretrain.TwoViewNetwork` returns just that.
+            second: embeddings of the second network for the same images, (B, E); None trains `first` alone.
 
         Returns:
             Two 0-d tensors, or, without `second`, the self-supervised loss of `first` as one.
@@ -301,7 +301,7 @@ def _checked(tensors: dict[str, Tensor]) -> list[Tensor]:
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    """Vectors of length 1; one of zeros stays, with a bounded gradient, which ``F.normalize`` would blow up."""
+    """Scale vectors to length 1. A zero vector stays zero, with a bounded gradient, unlike in ``F.normalize``."""
     length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
     return vectors / length.where(length > 0, 1.0)
 

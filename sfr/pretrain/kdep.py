@@ -17,7 +17,7 @@ Aligner: TypeAlias = Literal["svd_pts", "svd", "channel_variance", "random", "in
 
 
 class Alignment(nn.Module):
-    r"""What is known of a teacher's features: mean, principal axes and variances, D channels wide.
+    r"""Mean, principal axes and variances of a teacher's features, D channels wide.
 
     Its state dict holds its own arguments: ``torch.save(alignment.state_dict(), file)`` saves it and
     ``Alignment(**torch.load(file, weights_only=True))`` loads it.
@@ -65,7 +65,7 @@ def fit_alignment(teacher: nn.Module, loader: Iterable[Any], dim: int) -> Alignm
     evaluation mode, on the device of its parameters.
 
     Args:
-        teacher: a classifier, whose place of features is found, or a :class:`PooledFeatures` of a named place.
+        teacher: a classifier, or a :class:`PooledFeatures` around one, which may name the layer to read.
         loader: batches of images, each a tensor or a tuple whose first element is one; labels are not used.
         dim: width of the student's features, at most the teacher's D.
 
@@ -146,9 +146,9 @@ class KDEPLoss(nn.Module):
 
     .. math:: L = w \cdot \operatorname{mean}\big((s - g(u))^2\big), \qquad u = (t - \mu) V_{:, :D_s}
 
-    with g the power temperature scaling. The mean is over batch and channels, that of ``F.mse_loss``, so that the
-    authors' weights hold as they stand. The teacher gets no gradient, and nothing is trained beside the student
-    (except by "conv1x1").
+    with g the power temperature scaling. The mean is over batch and channels, as in ``F.mse_loss``, so the
+    authors' weights apply unchanged. The teacher gets no gradient, and only the student is trained (with "conv1x1" the
+    convolution as well).
 
     Args:
         alignment: of :func:`fit_alignment`; its ``dim`` is the width of the student's features.
@@ -156,14 +156,14 @@ class KDEPLoss(nn.Module):
 
             - "svd_pts": projection on the principal axes, then power temperature scaling (the method);
             - "svd": the projection alone;
-            - "channel_variance": the channels of largest variance, as they are;
+            - "channel_variance": the channels of largest variance, unchanged;
             - "random": channels drawn once, by `seed`;
             - "interpolate": linear interpolation along the channel axis (our reading);
             - "conv1x1": none; a learnable 1x1 convolution (on pooled features: a linear layer) widens the student's
               features instead. Its parameters are this module's: give them to the optimizer.
         temperature, power: see :func:`power_temperature_scaling`; for "svd_pts" only.
         weight: w > 0. The authors' is 20 for a plainly trained ResNet-50, 3 for another teacher.
-        seed: of the channels of "random".
+        seed: seed of the draw of "random".
 
     Raises:
         TypeError, ValueError: for an argument out of range, or features that do not fit the alignment.
@@ -208,9 +208,9 @@ class KDEPLoss(nn.Module):
 
     @torch.no_grad()
     def target(self, teacher: Tensor) -> Tensor:
-        """Return what the student's features are to become: teacher features (B, D) at width ``dim``.
+        """Return the target of the student's features: teacher features (B, D) brought to width ``dim``.
 
-        With "conv1x1" it is the student that is brought to the teacher's width, and the target is (B, D).
+        With "conv1x1" the student is brought to the teacher's width instead, and the target is (B, D).
         """
         if self.aligner == "conv1x1":
             return teacher.detach()

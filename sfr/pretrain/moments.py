@@ -64,7 +64,7 @@ class Moments:
     def principal_axes(self) -> tuple[Tensor, Tensor]:
         """Return singular values (D,), largest first, and right singular vectors (D, D), one per column.
 
-        They are those of the matrix of deviations. An axis points to where its largest component is positive.
+        They belong to the matrix of deviations. The component of largest magnitude of an axis is positive.
         """
         squares, axes = torch.linalg.eigh(self.scatter)
         squares, axes = squares.flip(0), axes.flip(1)

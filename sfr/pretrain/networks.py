@@ -74,15 +74,15 @@ class TwoViewNetwork(nn.Module):
 def encoder_of(model: nn.Module, head: str | None = None) -> tuple[nn.Module, int]:
     """Return a classifier without its head, and the width of the features that it then gives.
 
-    The encoder shares the model's modules and weights and has an identity in the place of the head; the model itself
-    stays as it is.
+    The encoder shares the model's modules and weights, with an identity instead of the head. The model itself does not
+    change.
 
     Args:
         model: a classifier, such as those of torchvision and timm.
         head: name of the submodule that makes the logits; None takes the last ``nn.Linear``.
 
     Raises:
-        ValueError: if there is no such submodule, or its width cannot be told.
+        ValueError: if the model has no submodule of this name, or its width is unknown.
 
     Example:
         >>> import torch

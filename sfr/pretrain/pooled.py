@@ -1,4 +1,4 @@
-"""PooledFeatures: what a network says of an image before its last activation, one vector per image."""
+"""PooledFeatures: the features of a network before its last activation, one vector per image."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ ACTIVATIONS = {
 
 
 class PooledFeatures(nn.Module):
-    """Return pooled features of a model, shape (B, D), in the place of its logits.
+    """Return pooled features of a model, shape (B, D), instead of its logits.
 
     The place is found in the first forward, by an extra pass in evaluation mode: it is the input of the last
     activation whose output, averaged over space, is what the classifier (the last linear layer) takes in. That is
     "before the last block's final ReLU" in ResNets and MobileNetV2 alike, no matter whether the activation is a
-    module, shared within the block, in place or a function. Where there is none, as in a vision transformer or where
-    a normalisation follows, it is what the classifier takes in: a ViT's pooled token.
+    module, shared within the block, in place or a function. If there is no such activation, as in a vision transformer
+    or if a normalisation follows it, the features are the input of the classifier: a ViT's pooled token.
 
     The model is neither edited nor hooked between forwards, and stays usable as ``.model``. Its head runs but gets no
     gradient: under DDP set ``find_unused_parameters=True``.
@@ -55,8 +55,8 @@ class PooledFeatures(nn.Module):
         if at is not None and at not in dict(model.named_modules()):
             children = ", ".join(name for name, _ in model.named_children())
             raise ValueError(
-                f"at={at!r} is no submodule of {type(model).__name__}; its children are {children}, "
-                "all names are those of model.named_modules()"
+                f"{type(model).__name__} has no submodule at={at!r}; its children are {children}, and "
+                "model.named_modules() lists all names"
             )
         self.model = model
         self.at = at
@@ -101,8 +101,8 @@ class PooledFeatures(nn.Module):
             )
         if not watch.classifier_input.isfinite().all(dim=1).any():
             raise ValueError(
-                f"the place of the features of {type(self.model).__name__} cannot be found from this batch: no image "
-                "has finite features before the classifier. Look at the images, or name a submodule with at=..."
+                f"the features of {type(self.model).__name__} cannot be found from this batch: no image has finite "
+                "features before the classifier. Check the images, or name a submodule with at=..."
             )
         matches = [k for k, output in enumerate(watch.outputs) if _same(output, watch.classifier_input)]
         self._activation = matches[-1] if matches else None

@@ -70,10 +70,10 @@ def load(*, cached: bool) -> Callable[[Floats, Ints, Floats], None]:
     """Return :func:`assign`, compiled and tried on a small problem.
 
     Args:
-        cached: keep the machine code in numba's cache on the disk, and take it from there if it is there.
+        cached: read the machine code from numba's cache on disk, and write it there.
 
     Raises:
-        Exception: of any kind, whatever keeps numba from compiling, or from using its cache.
+        Exception: of any kind, if numba cannot compile, or cannot use its cache.
     """
     if getattr(config, "DISABLE_JIT", False):  # in Python it would be slower than scipy
         raise RuntimeError("numba's compiler is switched off (NUMBA_DISABLE_JIT)")
@@ -161,8 +161,8 @@ def augment(
 ) -> None:
     """Match the free row `start` along the shortest path of reduced costs to a free column.
 
-    `bits` are those of `distance`. A column reached for good keeps its distance in `final`, and gets an infinite one
-    and an infinite price to stay out of the search. `owned` is NEVER for the matched columns, ALWAYS for the others.
+    `bits` is `distance` seen as integers. A column whose distance is final keeps it in `final`; an infinite distance
+    and an infinite price keep it out of the search. `owned` is NEVER for the matched columns, ALWAYS for the others.
     """
     size = len(prices)
     for j in range(size):
@@ -213,7 +213,7 @@ def least(bits: Ints) -> Any:
 
 @compiled
 def position(values: Ints, value: np.int32) -> Any:
-    """Return the first index of a value that is known to be there."""
+    """Return the first index of a value that the array contains."""
     size = np.int32(len(values))
     index = size
     for j in range(size):

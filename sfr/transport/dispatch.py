@@ -48,11 +48,10 @@ def solve(
     The plan is a constant: no gradient flows through the solver. By the envelope theorem the gradient of
     ``(plan * cost).sum()`` through `cost` alone is the exact gradient of the transport cost.
 
-    POT's ``ot.solve_batch`` gives entropic plans (without ``reg`` it returns the independent coupling, as of 0.9.7: its
-    issue 842), takes an absolute regularization (one value for problems of different scale), synchronises with the
-    host to test convergence, and misses the marginals if stopped early. Here
-    the regularization is relative to each problem's own scale, the loop never waits for the device, every plan is
-    rounded onto its marginals, and the exact plan is offered behind the same interface.
+    Compared with POT's ``ot.solve_batch``: the regularization is relative to each problem's own scale instead of one
+    absolute value for all, the loop never waits for the device, every plan is rounded onto its marginals, and exact
+    plans have the same interface. (As of POT 0.9.7, ``ot.solve_batch`` without ``reg`` returns the independent
+    coupling.)
 
     Args:
         cost: ground cost, shape (B, N, M) or (N, M), any floating dtype, any scale, any sign. A problem whose cost is
@@ -107,8 +106,8 @@ def certified(
 
     The bound is the distance of the plan's cost from the value of a feasible dual, relative to the plan's cost. It
     includes rounding, and holds for costs of any scale. On feature costs it is about the true gap with uniform masses,
-    and up to ten times it with others. It is a tensor on the device like the plan: collect it, and read it when the
-    device is read anyway.
+    and up to ten times the true gap with other masses. It is a tensor on the device of the cost, so that nothing waits
+    for it: read it whenever you synchronise anyway.
 
     Args:
         cost, a, b, epsilon, beta, iterations: see :func:`solve`.
@@ -225,7 +224,7 @@ def _(cost: Tensor, *_: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class _Problem:
-    """A batch of problems made fit for any solver: finite costs, float32 or float64, and masses of sum 1."""
+    """A batch of problems that any solver can take: finite costs, float32 or float64, and masses that sum to 1."""
 
     cost: Tensor
     rows: Tensor

@@ -21,14 +21,14 @@ Floats = NDArray[np.float64]
 SIMPLEX_ITERATIONS = 1_000_000
 OPTIMAL = 1  # the simplex's code of success
 
-# Below these sizes threads cost more than they bring: entries of the batch for the compiled solver, and of a single
-# cost matrix for the solvers called once per problem, which hand the GIL to and fro.
+# Below these sizes threads cost more than they save: number of entries in the batch for the compiled solver, and in
+# one cost matrix for the solvers that are called once per problem and take turns holding the GIL.
 COMPILED_THREADED_FROM = 2**21
 LOOP_THREADED_FROM = 36 * 36
 
 NO_CACHE = (
-    "numba cannot use its cache for the transport solver, which is therefore compiled anew in every process, in some "
-    "seconds. To avoid that, set NUMBA_CACHE_DIR to an empty folder on a disk with room that this user may write to"
+    "numba cannot use its cache for the transport solver, so it is compiled again in every process, in seconds. To "
+    "avoid that, set NUMBA_CACHE_DIR to an empty folder that this user may write to, on a disk with free space"
 )
 # Sums of this many costs and their differences still fit into float64.
 HUGE, SHRINK = 2.0**960, 2.0**-60
@@ -136,8 +136,8 @@ def _simplex(cost: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def _simplex_solver() -> Callable[[Floats, Floats, Floats, int], tuple[Floats, bool]]:
     """Return POT's network simplex: plan and success from masses (N,) and (M,), costs (N, M) and an iteration limit.
 
-    POT's compiled function saves the Python around each problem, more than the work of a small one. It is no public
-    name: where it is missing or behaves in another way, the public function does the same.
+    POT's compiled function saves the Python code around each problem, which takes longer than solving a small one. Its
+    name is not public: if it is missing or behaves differently, the public function is used instead.
     """
     import ot  # loads every array library it finds: not before it is needed
 

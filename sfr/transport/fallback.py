@@ -1,4 +1,4 @@
-"""Faster solvers that training can go on without: loaded when first needed, given up with one warning."""
+"""Faster solvers that are optional: loaded when first needed, abandoned with one warning if they fail."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-# Says nothing about the solver: the batch is too large, and callers look for this error to choose a smaller one.
+# Not the solver's fault: the batch is too large. Callers catch this error to try a smaller batch.
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 

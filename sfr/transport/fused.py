@@ -15,15 +15,15 @@ UNCHANGED = tl.constexpr(1e-7)  # a problem ends once its cost changes no more t
 def fused_plan(cost: Tensor, a: Tensor | None, b: Tensor | None, *, beta: float, iterations: int) -> Tensor:
     """Return the plans of :func:`sfr.transport.proximal.proximal_plan`, in one launch.
 
-    One program solves one problem, held in its registers. It also does what surrounds the iteration: scaling of costs
-    and masses, rounding onto the marginals, and the independent coupling where a cost is not finite. A problem whose
-    cost has settled ends early.
+    One program solves one problem, held in its registers. It also scales costs and masses, rounds the plan onto the
+    marginals, and returns the independent coupling for a problem whose cost is not finite. A problem whose cost no
+    longer changes ends early.
 
     Args:
         cost: costs, shape (B, N, M), float16, bfloat16 or float32, N and M at most 64.
         a: float32 masses of any sum, shape (B, N), or None for 1/N.
         b: float32 masses of the same sum, shape (B, M), or None for 1/M.
-        beta, iterations: see there.
+        beta, iterations: see :func:`sfr.transport.proximal.proximal_plan`.
 
     Returns:
         Plans of shape (B, N, M), float32.

@@ -13,9 +13,9 @@ def proximal_plan(
 ) -> tuple[Tensor, Tensor]:
     r"""Return feasible, nearly optimal plans of a batch of problems without waiting for the device.
 
-    Each iteration is one Sinkhorn step on the kernel :math:`G = e^{-C / \beta}` times the plan so far, so that the
-    plan tends to the exact one and not, as with plain Sinkhorn, to a blurred one. There is no exponential or logarithm
-    in the loop. The number of iterations is fixed: a test of convergence would make the host wait.
+    Each iteration is one Sinkhorn step on the kernel :math:`G = e^{-C / \beta}` times the plan so far, so the plan
+    converges to the exact one; plain Sinkhorn converges to a blurred one. The loop has no exponential or logarithm. The
+    number of iterations is fixed, because a convergence test would make the host wait for the device.
 
     Args:
         cost: finite costs, shape (B, N, M), on any device.
@@ -41,7 +41,7 @@ def proximal_plan(
     for _ in range(iterations):
         # Smaller entries no longer count; a CPU is a hundred times slower on those below its smallest normal number.
         plan.mul_(kernel).clamp_min_(TINY)
-        # The column scaling of the step before is the best guess of this one's: without it the method is much slower.
+        # The column scaling of the previous step is a good first guess; without it the method is much slower.
         row_scale = rows[:, :, None] / (plan * column_scale).sum(dim=2, keepdim=True).clamp_min(TINY)
         plan.mul_(row_scale)
         column_scale = columns[:, None, :] / plan.sum(dim=1, keepdim=True).clamp_min(TINY)

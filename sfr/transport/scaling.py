@@ -1,11 +1,11 @@
-"""What the iterative solvers share: costs of one scale at the start, plans of the right marginals at the end."""
+"""Shared by the iterative solvers: standardised costs at the start, plans with the right marginals at the end."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-TINY = 1e-30  # smallest mass or scale divided by: float32's own smallest normal number leaves no room for the quotient
+TINY = 1e-30  # smallest divisor; dividing by float32's smallest normal number would overflow
 
 
 def round_to_marginals(plan: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -52,10 +52,11 @@ def standardised(cost: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, T
 
 
 def duality_gap(cost: Tensor, plan: Tensor, potentials: Tensor) -> Tensor:
-    """Return how far plans may at most be above the optimum, relative to their own cost, shape (B,).
+    """Return an upper bound of how far plans are above the optimum, relative to their own cost, shape (B,).
 
-    Any potentials of the columns lead to a feasible dual, whose value bounds the optimum from below: the best of the
-    rows for them, and the best of the columns for these (the c-transform, twice). What rounding may hide is added.
+    Any column potentials lead to a feasible dual, whose value bounds the optimum from below: take the best row
+    potentials for them, then the best column potentials for those (the c-transform, twice). A bound of the rounding
+    error is added.
 
     Args:
         cost: costs of unit size, see :func:`of_unit_size`, shape (B, N, M).

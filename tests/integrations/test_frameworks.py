@@ -101,7 +101,9 @@ def test_the_trainer_resumes_the_criterion_bit_for_bit(tmp_path, elsewhere):
 def test_a_checkpoint_without_the_criterion_is_a_warning(tmp_path):
     trainer_run(tmp_path)
     (tmp_path / "checkpoint-3" / "sfr_criterion.pt").unlink()
-    with pytest.warns(UserWarning, match=r"the criterion starts anew: there is no .*resume_from="):
+    with pytest.warns(
+        UserWarning, match=r"the criterion starts anew, because none of these files exists: .*resume_from="
+    ):
         _, criterion, *_ = trainer_run(tmp_path, resume=str(tmp_path / "checkpoint-3"))
     assert criterion.step == 3
 

@@ -160,7 +160,7 @@ def test_half_precision_features_are_float32(make_net: Any) -> None:
 
 
 def test_unknown_place_is_refused_with_the_names_there_are(make_net: Any) -> None:
-    with pytest.raises(ValueError, match=r"at='layer3' is no submodule of Sequential; its children are 0, 1, 2"):
+    with pytest.raises(ValueError, match=r"Sequential has no submodule at='layer3'; its children are 0, 1, 2"):
         PooledFeatures(make_net(), at="layer3")
 
 
