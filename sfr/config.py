@@ -22,6 +22,7 @@ Cost: TypeAlias = Literal["cosine", "sqeuclidean", "correlation"]
 Marginals: TypeAlias = Literal["uniform", "cross"]
 Solver: TypeAlias = Literal["auto", "exact", "proximal", "sinkhorn"]
 Smoothing: TypeAlias = Literal["class_mean", "past", "uniform", "none"]
+Gate: TypeAlias = Literal["fitted", "none"]
 Update: TypeAlias = Literal["running", "epoch"]
 Reduction: TypeAlias = Literal["mean", "none"]
 
@@ -72,6 +73,7 @@ class Switches(TypedDict, total=False):
     """The fields of :class:`SFRConfig` as keyword arguments, for editors and type checkers."""
 
     feature_weight: float | Ramp
+    gate: Gate
     pairs: Pairs | Sequence[tuple[int | str, int | str]]
     detach_deep: bool
     max_grid: int
@@ -98,6 +100,9 @@ class SFRConfig:
         feature_weight: λ of the feature term, >= 0, or a :class:`Ramp`. With the default cost the term lies between 0
             and 2 on any network, and mostly below 1, so that 0.25 adds at most a quarter to the loss. 0 switches it
             off.
+        gate: "fitted": the feature term of an image counts as far as its labels are fitted, by the probability that
+            the network gives to them, so that a network that does not know them yet learns them first; "none": it
+            counts in full, as it does beside a loss of your own. Our reading.
         pairs: which deep stage supervises which shallow one: "all" (every i < j, as Tf-FD), "last" (the deepest
             supervises all others, as BYOT), "adjacent", or a sequence of (shallow, deep), each a stage name or index.
         detach_deep: stop the gradient at the deep side, so that it supervises and is not dragged along.
@@ -134,6 +139,7 @@ class SFRConfig:
     """
 
     feature_weight: float | Ramp = 0.25
+    gate: Gate = "fitted"
     pairs: Pairs | Sequence[tuple[int | str, int | str]] = "all"
     detach_deep: bool = True
     max_grid: int = 4
@@ -151,6 +157,7 @@ class SFRConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             self._freeze(field.name, plain_number(getattr(self, field.name)))
+        check_choice("gate", self.gate, Gate)
         check_choice("grouping", self.grouping, Grouping)
         check_choice("cost", self.cost, Cost)
         check_choice("marginals", self.marginals, Marginals)

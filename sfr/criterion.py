@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -13,6 +13,7 @@ from sfr.compiling import eager
 from sfr.config import IGNORE_INDEX, SFRConfig, Switches
 from sfr.feature.term import Pair, Term, feature_terms, matched_pairs
 from sfr.labels.cross_entropy import cross_entropy
+from sfr.labels.fitted import fitted
 from sfr.labels.smoothing import DynamicLabelSmoothing
 from sfr.labels.targets import checked_target
 from sfr.model.maps import Maps
@@ -181,12 +182,16 @@ class SFRLoss(TensorState):
         if logits.ndim:  # a loss in the place of logits comes once
             recorder.keep_result(logits, self, terms)
         if not terms:  # or the forward skipped the stages
-            self._last = LossParts.of(label, weight, terms)
+            self._last = LossParts.without_feature(label, weight)
             return label
-        feature = torch.stack([term.value for term in terms.values()]).mean().to(label.device)
+        fitted = self._fitted(logits, target)
+        pairs = {name: term.mean(fitted) for name, term in terms.items()}
+        feature = torch.stack(list(pairs.values())).mean().to(label.device)
         if not feature.requires_grad:
             self.watch.warn(FROZEN)
-        self._last = LossParts.of(label, weight, terms, feature)
+        distances = {name: term.distance for name, term in terms.items()}
+        pairs = {name: value.detach() for name, value in pairs.items()}
+        self._last = LossParts(label.detach(), feature.detach(), weight, pairs, distances)
         self.watch.see_parts(self._last, self.step, self.config.feature_weight)
         return label + weight * feature
 
@@ -197,16 +202,29 @@ class SFRLoss(TensorState):
         logits, ignore_index = the_logits(output), self.config.ignore_index
         return cross_entropy(logits, checked_target(logits, target, ignore_index), ignore_index)
 
+    def _fitted(self, logits: Tensor, target: Any) -> Tensor | None:
+        """Return how far the labels of each image are fitted, if that is to weigh its feature term."""
+        if self.config.gate == "none" or self.label_loss is not None:
+            return None
+        return fitted(logits, target, self.config.ignore_index)
+
     def _checked_terms(self, features: Mapping[str, Tensor], logits: Tensor) -> dict[str, Term]:
         """Return :meth:`terms_of`, once all stages are known to be of the batch of the logits."""
         self.maps.check(features, len(logits) if self.label_loss is None else None)
-        terms = self.terms_of(features)
+        # Through the logits every stage they were computed from gets a gradient; through a loss of the user's own,
+        # it may not.
+        joining = self.maps.behind(logits, features) if self.label_loss is None else ()
+        terms = self.terms_of(features, joining)
         self.watch.see_terms(terms, self.step)
         return terms
 
-    def terms_of(self, features: Mapping[str, Tensor]) -> dict[str, Term]:
-        """Return the feature term of every pair, of features as ``model.sfr.take_features`` gives them."""
-        return feature_terms(self.maps.of(features), order=self.maps.order(features), **self.config.of_terms())
+    def terms_of(self, features: Mapping[str, Tensor], joining: Collection[str] = ()) -> dict[str, Term]:
+        """Return the feature term of every pair, of features as ``model.sfr.take_features`` gives them.
+
+        The argument `joining` is that of :func:`sfr.feature.term.feature_terms`.
+        """
+        order, switches = self.maps.order(features), self.config.of_terms()
+        return feature_terms(self.maps.of(features), order=order, joining=joining, **switches)
 
     def pairs_of(self, features: Mapping[str, Tensor]) -> Iterator[Pair]:
         """Yield what the transport of each pair is between, of features as ``model.sfr.take_features`` gives them."""
@@ -221,8 +239,8 @@ class SFRLoss(TensorState):
         return report(self, *example_input, target=target, repeats=repeats)
 
     def twin(self, label_loss: Callable[[Any, Any], Tensor] | None) -> SFRLoss:
-        """Return a new criterion for the same model, with the same switches and another loss of the user's own."""
-        return SFRLoss(self._model, self.config, label_loss=label_loss)
+        """Return a new criterion for the same model, without gate and with another loss of the user's own."""
+        return SFRLoss(self._model, self.config, gate="none", label_loss=label_loss)
 
     def tensor_state(self) -> dict[str, Tensor]:
         """Return the step; called by ``state_dict``."""

@@ -33,6 +33,8 @@ def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
     switches = {name: value for name, value in values.items() if name not in (*OF_THE_WRAPPER, *OLD_NAMES)}
     if "weight" in values:
         switches["feature_weight"] = values["weight"]
+    if any(name in values for name in OLD_NAMES):
+        switches.setdefault("gate", "none")  # there was none
     warmup = values.get("warmup", 0)
     check_number("warmup", warmup, 0, whole=True)
     if warmup:

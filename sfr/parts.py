@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-
-from sfr.feature.term import Term
 
 
 @dataclass(frozen=True)
@@ -31,15 +28,11 @@ class LossParts:
     distances: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, label: Tensor, weight: float, terms: Mapping[str, Term], feature: Tensor | None = None) -> LossParts:
-        """Return the parts of a loss with these terms and their mean; None where there is no feature term."""
-        pairs = {name: term.value.detach() for name, term in terms.items()}
-        distances = {name: term.distance for name, term in terms.items()}
-        if feature is None:
-            # A copy, because loops that accumulate gradients divide the loss in place.
-            label = label.detach().clone()
-            return cls(label, torch.zeros_like(label), weight)
-        return cls(label.detach(), feature.detach(), weight, pairs, distances)
+    def without_feature(cls, label: Tensor, weight: float) -> LossParts:
+        """Return the parts of a loss that has no feature term."""
+        # A copy, because loops that accumulate gradients divide the loss in place.
+        label = label.detach().clone()
+        return cls(label, torch.zeros_like(label), weight)
 
     @property
     def similarity(self) -> dict[str, Tensor]:

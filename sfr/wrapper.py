@@ -230,5 +230,6 @@ def _sorted_out(own: dict[str, Any], config: object, switches: dict[str, Any]) -
         )
     if switches:
         moved = {name: OLD_NAMES.get(name, f"{name}=") for name in switches}
+        switches.setdefault("gate", "none")  # there was none
         deprecated("SFRWrapper", {name: f"SFRLoss(model, {new})" for name, new in moved.items()})
     return own, switches

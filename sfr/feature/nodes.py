@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-Grid = tuple[int, ...]
+from sfr.feature.pooling import Grid, pool
+
+__all__ = ["Grid", "common_grids", "to_nodes"]
 
 
 def common_grids(shallow: Grid, deep: Grid, max_grid: int) -> tuple[Grid, Grid]:
@@ -32,22 +31,21 @@ def _limited(shape: Grid, max_grid: int) -> Grid:
     return tuple(min(size, limit) for size in shape)
 
 
-def to_nodes(feature_map: Tensor, grid: Grid) -> Tensor:
+def to_nodes(feature_map: Tensor, grid: Grid, *, joining: bool = False) -> Tensor:
     """Average-pool a feature map to `grid` and return its cells as nodes.
 
     Args:
-        feature_map: shape (B, C, *spatial), or (B, C) of a vector, which is one node; see :func:`as_map`.
+        feature_map: shape (B, C, *spatial), or (B, C) of a vector, which is one node.
         grid: cells along each spatial axis, none larger than the map's own.
+        joining: see :func:`sfr.feature.pooling.pool`.
 
     Returns:
         Nodes of shape (B, N, C) with N the number of cells, in float32 (float64 stays).
     """
-    if tuple(feature_map.shape[2:]) != grid:
-        feature_map = _pool(feature_map, grid)
-    nodes = feature_map.flatten(2).transpose(1, 2) if grid else feature_map.unsqueeze(1)
+    if not grid:
+        nodes = feature_map.unsqueeze(1)
+    elif tuple(feature_map.shape[2:]) == grid:
+        nodes = feature_map.flatten(2).transpose(1, 2)
+    else:
+        nodes = pool(feature_map, grid, joining=joining).transpose(1, 2)
     return nodes if nodes.dtype == torch.float64 else nodes.float()
-
-
-def _pool(feature: Tensor, grid: Grid) -> Tensor:
-    pools: tuple[Callable[..., Tensor], ...] = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
-    return pools[len(grid) - 1](feature, grid)

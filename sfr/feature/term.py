@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,21 +41,36 @@ class Term(NamedTuple):
     """The feature term of one pair.
 
     Attributes:
-        value: the term, 0-d; an image whose features are not finite counts as 0.
+        values: the term of each image, (B,); 0 where the features are not finite.
         distance: how far apart the two sides are, 0-d, without gradient: the term or, with "sqeuclidean", the term over
             the sum of the mean squares of both sides.
         finite: which images have finite features, (B,).
     """
 
-    value: Tensor
+    values: Tensor
     distance: Tensor
     finite: Tensor
+
+    def mean(self, weights: Tensor | None = None) -> Tensor:
+        """Return the mean over the images, each with its weight (B,), as they stand and not as shares, 0-d.
+
+        Where the features are of parts of the images, or of several in one, the weights are repeated, or averaged.
+        """
+        if weights is None:
+            return self.values.mean()
+        images = len(self.values)
+        if len(weights) < images:
+            weights = weights.repeat_interleave(images // len(weights))
+        elif len(weights) > images:
+            weights = weights.view(images, -1).mean(dim=1)
+        return (self.values * weights.to(self.values)).mean()
 
 
 def feature_terms(
     maps: Mapping[str, Tensor],
     *,
     order: Sequence[str] | None = None,
+    joining: Collection[str] = (),
     pairs: Pairs | Sequence[tuple[int | str, int | str]] = "all",
     max_grid: int = 4,
     grouping: Grouping = "mean",
@@ -72,6 +87,8 @@ def feature_terms(
     Args:
         maps: outputs of the stages, channels first, (B, C, *spatial), or (B, C) of vectors, by name, the shallowest
             first.
+        joining: names of the maps whose gradient can take that of their nodes along, because the loss has another
+            one for them; see :func:`sfr.feature.pooling.pool`.
         order: names of all stages; pairs of a stage that `maps` lacks are left out. Default: the names in `maps`.
         pairs, max_grid, grouping, detach_deep, cost, marginals, solver: see :class:`sfr.SFRConfig`.
 
@@ -82,15 +99,16 @@ def feature_terms(
     """
     terms = {}
     matched = matched_pairs(
-        maps, order=order, pairs=pairs, max_grid=max_grid, grouping=grouping, detach_deep=detach_deep, cost=cost,
+        maps, order=order, joining=joining, pairs=pairs, max_grid=max_grid, grouping=grouping, detach_deep=detach_deep,
+        cost=cost,
     )  # fmt: skip
     for pair in matched:
         values = emd_l2(*pair.nodes, cost=cost, marginals=marginals, solver=solver, reduction="none")
-        value = (values.reshape(len(pair.finite), -1).mean(dim=1) * pair.finite).mean()
-        distance = value.detach()
+        of_images = values.reshape(len(pair.finite), -1).mean(dim=1) * pair.finite
+        distance = of_images.detach().mean()
         if cost == "sqeuclidean":
             distance = relative_distance(values.detach(), *(nodes.detach() for nodes in pair.nodes))
-        terms[pair.name] = Term(value, distance, pair.finite)
+        terms[pair.name] = Term(of_images, distance, pair.finite)
     return terms
 
 
@@ -98,6 +116,7 @@ def matched_pairs(
     maps: Mapping[str, Tensor],
     *,
     order: Sequence[str] | None,
+    joining: Collection[str] = (),
     pairs: Pairs | Sequence[tuple[int | str, int | str]],
     max_grid: int,
     grouping: Grouping,
@@ -111,7 +130,7 @@ def matched_pairs(
 
     def nodes_of(name: str, grid: Grid) -> tuple[Tensor, Tensor]:
         if (name, grid) not in pooled:
-            pooled[name, grid] = _finite(to_nodes(maps[name], grid).to(device), cost)
+            pooled[name, grid] = _finite(to_nodes(maps[name], grid, joining=name in joining).to(device), cost)
         return pooled[name, grid]
 
     for i, j in resolve_pairs(pairs, names):
@@ -132,5 +151,9 @@ def _finite(nodes: Tensor, cost: Cost) -> tuple[Tensor, Tensor]:
     values = nodes.detach()
     if cost == "sqeuclidean":
         values = 4 * values.square().sum(dim=2, keepdim=True)
+    if values.device.type == "cpu":  # where the host may look: a finite sum has finite terms
+        finite = values.sum(dim=(1, 2)).isfinite()
+        if finite.all():
+            return nodes, finite
     finite = values.isfinite().all(dim=2).all(dim=1)
     return torch.where(finite[:, None, None], nodes, 0.0), finite

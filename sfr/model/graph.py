@@ -37,3 +37,14 @@ def graph_behind(node: Any, ends: Container[Any] = ()) -> Iterator[Any]:
             yield node
             if node not in ends:
                 waiting.extend(parent for parent, _ in node.next_functions)
+
+
+def reached_from(logits: Tensor, nodes: Set[Any]) -> set[Any]:
+    """Return those of the nodes that the logits were computed from."""
+    reached = set()
+    for node in graph_behind(logits.grad_fn):
+        if node in nodes:
+            reached.add(node)
+            if len(reached) == len(nodes):
+                break
+    return reached

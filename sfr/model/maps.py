@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from sfr.model.formats import View, as_map
+from sfr.model.graph import reached_from
 from sfr.model.layouts import check_batches
 from sfr.model.reading import assumed_view
 from sfr.model.record import known_record
@@ -49,6 +50,12 @@ class Maps:
             except ValueError as error:
                 raise ValueError(f"stage {name!r} {error}") from None
         return self._views[name]
+
+    def behind(self, logits: Tensor, features: Mapping[str, Tensor]) -> list[str]:
+        """Return the names of the stages whose outputs are maps as they are, and lead to the logits."""
+        own = {name: feature for name, feature in features.items() if as_map(feature, self._views[name]) is feature}
+        reached = reached_from(logits, {feature.grad_fn for feature in own.values()} - {None})
+        return [name for name, feature in own.items() if feature.grad_fn in reached]
 
     def order(self, features: Mapping[str, Tensor]) -> list[str]:
         """Return the names of all stages, the shallowest first, also of those that a forward skipped."""

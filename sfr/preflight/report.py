@@ -28,6 +28,8 @@ NO_CLASSES = (
     "Give a target: criterion.report(x, target=y)"
 )
 
+GATED = "        That is in full: of each image it counts as far as its labels are fitted, at first next to nothing."
+
 # Shares of the feature term in the first loss: between the two it is as it should be.
 WEAK_SHARE, STRONG_SHARE = 0.005, 0.1
 
@@ -61,11 +63,12 @@ class Report:
     Args:
         stages: the tapped stages, in forward order.
         pairs: the pairs that supervise.
-        loss: the terms of one loss on random labels, with the largest λ of the training; None for a model without
-            classes.
+        loss: the terms of one loss on random labels, with the largest λ of the training and the gate open, as it is
+            once the labels are fitted; None for a model without classes.
         solver: the transport solver that "auto" stands for on this device.
         plain: time and memory of a step of the plain model with cross-entropy.
         sfr: time and memory of a step of the wrapped model with :class:`sfr.SFRLoss`.
+        gated: whether the feature term of an image counts only as far as its labels are fitted.
         notes: what is not shown or left out, and why.
     """
 
@@ -75,6 +78,7 @@ class Report:
     solver: str
     plain: StepCost
     sfr: StepCost
+    gated: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -101,7 +105,7 @@ class Report:
                 "",
                 _table(("shallow", "supervised by", "nodes", "channels", "plans"), pairs),
                 "",
-                *(_terms(self.loss) if self.loss else []),
+                *(_terms(self.loss, gated=self.gated) if self.loss else []),
                 f"solver: {self.solver}",
                 f"step:   {times[0] * 1e3:.1f} ms plain, {times[1] * 1e3:.1f} ms with SFR ({self.time_ratio:.2f}x, "
                 f"medians of {len(self.plain.seconds)}, forward and backward)",
@@ -186,9 +190,10 @@ def report(criterion: Criterion, *example_input: Any, target: Any = None, repeat
     if solver == "auto":
         solver = f"auto ({default_solver(logits.device)} on {logits.device.type})"
     loss = replace(twin.last, weight=Ramp.of(twin.config.feature_weight).largest) if shows_loss else None
+    gated = criterion.config.gate != "none" and criterion.label_loss is None
     notes = [] if shows_loss else [NO_CLASSES]
     notes += [f"left out: {stage}" for stage in record.left_out]
-    return Report(stages, pairs, loss, solver, costs["plain"], costs["sfr"], tuple(notes))
+    return Report(stages, pairs, loss, solver, costs["plain"], costs["sfr"], gated, tuple(notes))
 
 
 def _is_of_classes(logits: Tensor) -> bool:
@@ -223,11 +228,12 @@ def _mean_of(output: Any, _: Any = None) -> Tensor:
     return torch.stack([leaf.float().mean() for leaf in leaves]).mean()
 
 
-def _terms(loss: LossParts) -> list[str]:
+def _terms(loss: LossParts, *, gated: bool) -> list[str]:
     """Return the lines of the report on the terms of a loss."""
     parts = loss.as_dict()
     terms = f"{parts['label']:.3g} label + {loss.weight:g} x {parts['feature']:.3g} feature"
-    return [f"loss:   {terms} (share {parts['share']:.1%}), on random labels", f"        {effect_of(parts['share'])}"]
+    lines = [f"loss:   {terms} (share {parts['share']:.1%}), on random labels", f"        {effect_of(parts['share'])}"]
+    return [*lines, GATED] if gated else lines
 
 
 def effect_of(share: float) -> str:
@@ -235,7 +241,7 @@ def effect_of(share: float) -> str:
     if share > LARGE_SHARE:
         return "The feature term outweighs the labels: the network may not learn them. Lower feature_weight=."
     if share > STRONG_SHARE:
-        return "A strong regularizer from the first step: compare with plain training, or lower feature_weight=."
+        return "A strong regularizer: compare with plain training, or lower feature_weight=."
     if share > WEAK_SHARE:
         return "A mild regularizer: the labels lead, and the feature term counts more as they are fitted."
     return "Next to no effect at first: the weight is zero or the stages are alike, and it grows as they part."
