@@ -15,6 +15,7 @@ from sfr.model.settings import StageSettings
 
 FULL: dict[str, Any] = {
     "feature_weight": 0.7,
+    "gate": "none",
     "pairs": ((0, 2), ("layer1", "layer2")),
     "detach_deep": False,
     "max_grid": 7,

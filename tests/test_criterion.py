@@ -27,7 +27,7 @@ def build(make_net, batch):
 
 @pytest.mark.parametrize("grouping", ["segments", "mean"])
 def test_the_loss_is_the_label_term_and_the_mean_over_pairs_of_emd_l2(build, batch, grouping):
-    model, criterion = build(feature_weight=0.3, max_grid=2, cost="sqeuclidean", grouping=grouping)
+    model, criterion = build(feature_weight=0.3, gate="none", max_grid=2, cost="sqeuclidean", grouping=grouping)
     logits = model(batch[0])
     maps = [F.adaptive_avg_pool2d(feature, 2) for feature in model._sfr.recorder.features.values()]
     nodes = [feature.flatten(2).transpose(1, 2) for feature in maps]
@@ -578,7 +578,7 @@ def test_numbers_of_samples_by_position_are_an_error_that_says_how(build, batch,
         ({"layout": "tokens"}, r"set it where the model is wrapped: SFRWrapper\(model, layout='tokens'\)"),
         ({"label_los": None}, "no argument 'label_los'; near names: 'label_loss'"),
         ({"feature_wieght": 0.1}, "near names: 'feature_weight'"),
-        ({"qqqq": 1}, "it takes feature_weight, pairs, .*, ignore_index, label_loss, num_classes"),
+        ({"qqqq": 1}, "it takes feature_weight, gate, pairs, .*, ignore_index, label_loss, num_classes"),
     ],
 )
 def test_an_argument_it_does_not_take_is_an_error_that_says_what_to_use(build, arguments, message):

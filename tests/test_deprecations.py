@@ -114,7 +114,9 @@ def expected(net_of):
     """Return a function that gives the losses of a criterion with these switches."""
 
     def of(switches, **settings):
-        found = losses(sfr.SFRLoss(sfr.SFRWrapper(net_of(), **settings), **switches))
+        found = losses(
+            sfr.SFRLoss(sfr.SFRWrapper(net_of(), **settings), **{"gate": "none", **switches})
+        )  # no old one had
         assert found.isfinite().all()
         return found
 
@@ -145,7 +147,7 @@ def test_keywords_of_the_wrapper_become_those_of_the_criterion(net_of, expected,
         assert f"{name}= becomes SFRLoss(model, {replacement}" in deprecated.message
     assert "SFRWrapper: these arguments go with the next release" in deprecated.message
     criterion = sfr.SFRLoss(model)
-    assert criterion.config == model.sfr.config == sfr.SFRConfig(**new)
+    assert criterion.config == model.sfr.config == sfr.SFRConfig(gate="none", **new)
     assert torch.equal(losses(criterion), expected(new))
 
 
@@ -159,7 +161,7 @@ def test_a_mapping_given_to_the_wrapper_becomes_switches_of_the_criterion(net_of
 
 @renamed_or_moved
 def test_a_config_given_to_the_wrapper_becomes_that_of_the_criterion(net_of, expected, old, new):
-    config = sfr.SFRConfig(**new)
+    config = sfr.SFRConfig(gate="none", **new)
     with Deprecated() as deprecated:
         model = sfr.SFRWrapper(net_of(), config)  # the caller's line
     assert all(f"{name}= becomes SFRLoss(model, {name}=" in deprecated.message for name in new)
@@ -168,7 +170,7 @@ def test_a_config_given_to_the_wrapper_becomes_that_of_the_criterion(net_of, exp
 
 
 def test_a_config_given_by_name_and_keywords_beside_it_count_as_before(net_of, expected):
-    for config in (sfr.SFRConfig(feature_weight=0.7, pairs="last"), {"weight": 0.7, "pairs": "last"}):
+    for config in (sfr.SFRConfig(feature_weight=0.7, gate="none", pairs="last"), {"weight": 0.7, "pairs": "last"}):
         with Deprecated() as deprecated:
             model = sfr.SFRWrapper(net_of(), config=config, pairs="adjacent")  # the caller's line
         assert "pairs= becomes SFRLoss(model, pairs=)" in deprecated.message
@@ -187,7 +189,7 @@ def test_what_is_the_wrapper_s_own_in_a_mapping_stays_with_it(net_of, expected):
 def test_switches_of_the_criterion_replace_those_that_the_wrapper_was_given(net_of, expected):
     with Deprecated():
         model = sfr.SFRWrapper(net_of(), weight=0.7, pairs="last")
-    assert sfr.SFRLoss(model, feature_weight=0.1).config == sfr.SFRConfig(feature_weight=0.1, pairs="last")
+    assert sfr.SFRLoss(model, feature_weight=0.1).config == sfr.SFRConfig(feature_weight=0.1, gate="none", pairs="last")
     assert sfr.SFRLoss(model, sfr.SFRConfig()).config == sfr.SFRConfig()
     assert torch.equal(losses(sfr.SFRLoss(model, pairs="all")), expected({"feature_weight": 0.7}))
 
@@ -238,7 +240,7 @@ def test_old_names_of_the_config_become_the_new_ones(net_of, expected, old, new)
     assert "SFRConfig: these arguments go with the next release" in deprecated.message
     assert names_what_replaces(deprecated.message, old)
     assert not any(f"{name}= becomes" in deprecated.message for name in new if name not in old)
-    assert config == sfr.SFRConfig(**new)
+    assert config == sfr.SFRConfig(gate="none", **new)
     assert torch.equal(losses(sfr.SFRLoss(sfr.SFRWrapper(net_of()), config)), expected(new))
 
 
@@ -246,8 +248,8 @@ def test_old_names_of_the_config_become_the_new_ones(net_of, expected, old, new)
 def test_old_names_in_a_dict_of_a_file_are_read_without_a_warning(old, new):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert sfr.SFRConfig.from_dict(old) == sfr.SFRConfig(**new)
-        assert sfr.SFRConfig.from_dict({**old, **OF_THE_WRAPPER}) == sfr.SFRConfig(**new)
+        assert sfr.SFRConfig.from_dict(old) == sfr.SFRConfig(gate="none", **new)
+        assert sfr.SFRConfig.from_dict({**old, **OF_THE_WRAPPER}) == sfr.SFRConfig(gate="none", **new)
 
 
 BAD = [

@@ -54,7 +54,7 @@ class ByHand:
 
 
 def test_loss_is_that_of_explicit_loops_over_many_steps() -> None:
-    criterion, by_hand = build(alpha=0.2, alpha_end=0.8, alpha_steps=10), ByHand()
+    criterion, by_hand = build(alpha=sfr.Ramp(0.2, 0.8, steps=10)), ByHand()
     for number in range(15):
         alpha = 0.2 + 0.6 * min(1.0, number / 10)
         expected = by_hand.loss(*step(number), alpha)
@@ -120,7 +120,7 @@ def test_logits_of_any_precision_are_taken(dtype: torch.dtype) -> None:
 
 
 def test_resumed_run_continues_bit_for_bit() -> None:
-    straight, resumed = build(alpha_end=0.9, alpha_steps=20), build(alpha_end=0.9, alpha_steps=20)
+    straight, resumed = (build(alpha=sfr.Ramp(0.5, 0.9, steps=20)) for _ in range(2))
     for number in range(6):
         straight(*step(number))
     file = io.BytesIO()

@@ -38,8 +38,8 @@ class Shifted(nn.Module):
         return self.head(deep.mean(dim=(2, 3)))
 
 
-def criterion_of(net, **switches):
-    return sfr.SFRLoss(sfr.SFRWrapper(net, stages=["shallow", "deep"], **switches))
+def criterion_of(net):
+    return sfr.SFRLoss(sfr.SFRWrapper(net, stages=["shallow", "deep"]))
 
 
 def arrows(axes):
@@ -99,7 +99,7 @@ def test_it_draws_on_the_axes_it_is_given(make_net):
 
 def test_segments_and_grayscale_images_are_drawn():
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 16, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    criterion = sfr.SFRLoss(sfr.SFRWrapper(net, grouping="segments"))
+    criterion = sfr.SFRLoss(sfr.SFRWrapper(net), grouping="segments")
     axes = sfr.plot.plan(criterion, torch.rand(3, 1, 16, 16), sample=-1)
     assert axes.images[0].get_array().ndim == 2
 

@@ -130,12 +130,14 @@ def test_a_network_learns_by_heart_with_the_two_lines_what_it_learns_without(fam
     ],
     ids=["ResNet", "Swin", "ResNetV2", "ViT", "MobileNet", "pretrained 0", "pretrained 1", "pretrained 2"],
 )
-def test_the_share_of_the_first_loss_is_half_a_per_cent_to_ten(build):
+def test_the_share_of_the_first_loss_is_half_a_per_cent_to_ten_with_the_gate_open_and_less_with_it(build):
     model = sfr.SFRWrapper(build())
-    criterion = sfr.SFRLoss(model)
+    criterion, gated = sfr.SFRLoss(model, gate="none"), sfr.SFRLoss(model)
     images = F.interpolate(torch.randn(8, 3, 8, 8), size=128, mode="bicubic")  # smooth, as photographs are
     criterion(model(images), torch.arange(8))
     assert 0.005 <= criterion.last.share <= 0.1
+    gated(model(images), torch.arange(8))
+    assert 0 < gated.last.share < criterion.last.share
 
 
 def pretrained(name):
