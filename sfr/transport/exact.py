@@ -27,7 +27,7 @@ COMPILED_THREADED_FROM = 2**21
 LOOP_THREADED_FROM = 36 * 36
 
 NO_CACHE = (
-    "numba cannot use its cache for the transport solver, so it is compiled again in every process, in seconds. To "
+    "numba cannot use its cache for the transport solver and compiles it in every process, which takes seconds. To "
     "avoid that, set NUMBA_CACHE_DIR to an empty folder that this user may write to, on a disk with free space"
 )
 # Sums of this many costs and their differences still fit into float64.
