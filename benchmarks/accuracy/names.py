@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 BASE, OURS = "vanilla", "sfr"
 SMOOTHED = "sfr@smoothing=class_mean"
+# The default before the gate.
+UNGATED, UNGATED_SMOOTHED = "sfr@gate=none", "sfr@gate=none,smoothing=class_mean"
 # The default up to here, and its parts: most of what has been measured.
 EARLIER = "sfr@cost=sqeuclidean,weight=0.2,smoothing=class_mean"
 FEATURES = "sfr@cost=sqeuclidean,weight=0.2"
@@ -27,6 +29,8 @@ PEERS = {
     "cutmix": "CutMix",
     OURS: "**sfr**",
     SMOOTHED: "**sfr**, class means",
+    UNGATED: "**sfr**, without the gate",
+    UNGATED_SMOOTHED: "**sfr**, class means, without the gate",
     EARLIER: "**sfr**, earlier default",
     FEATURES: "**sfr**, earlier default's features alone",
     PAST: "**sfr**, earlier default with past predictions",

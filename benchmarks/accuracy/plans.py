@@ -6,7 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.accuracy.cell import Cell, Schedule
-from benchmarks.accuracy.names import EARLIER, FEATURES, LADDER, PAST, PEERS, SMOOTHED, comparable
+from benchmarks.accuracy.names import (
+    EARLIER,
+    FEATURES,
+    LADDER,
+    PAST,
+    PEERS,
+    SMOOTHED,
+    UNGATED,
+    UNGATED_SMOOTHED,
+    comparable,
+)
 
 SCHEDULES = {
     "smoke": Schedule(epochs=2, batch_size=32, per_class=4, image_size=16),
@@ -115,7 +125,7 @@ TESTED_VARIANTS = (
     "sfr-cutmix@alpha=0.5,cost=sqeuclidean,weight=0.2,smoothing=class_mean",
 )
 # How the default was chosen: what gains nowhere less than vanilla has.
-CANDIDATES = ("vanilla", "sfr", SMOOTHED)
+CANDIDATES = ("vanilla", "sfr", UNGATED, SMOOTHED, UNGATED_SMOOTHED)
 REGIMES = [
     Round("fine-tune-20", "held-out", range(100, 104), CANDIDATES, "efficientnet-lite0", "flowers"),
     Round("few-16px", "held-out", range(100, 104), CANDIDATES),

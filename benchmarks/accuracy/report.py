@@ -22,7 +22,7 @@ from benchmarks.accuracy.cell import CELLS
 from benchmarks.accuracy.cost_plot import Point, draw, is_drawn
 from benchmarks.accuracy.diagnosis_tables import diagnosis_tables
 from benchmarks.accuracy.groups import Group, Record, Scores, on_corrupted, read_groups, result
-from benchmarks.accuracy.names import BASE, EARLIER, FEATURES, LADDER, NAMES, OURS, PAST, PEERS, comparable
+from benchmarks.accuracy.names import BASE, EARLIER, FEATURES, LADDER, NAMES, OURS, PAST, PEERS, UNGATED, comparable
 from benchmarks.accuracy.repeated import repeated
 from benchmarks.common.paired import differences, spread, with_error
 from benchmarks.common.paths import DOCS, README, ROOT
@@ -47,7 +47,7 @@ SITUATIONS = {
     ("vit", "vit-small-images", "held-out"): "small ViT, 4 % of CIFAR-10's labels",
     ("fine-tune-20", "efficientnet-lite0", "held-out"): "EfficientNet-Lite0 from ImageNet, 100 flowers",
 }
-SUMMED = {OURS: "two lines", EARLIER: "earlier default", PAST: "earlier, past predictions"}
+SUMMED = {OURS: "two lines", UNGATED: "without the gate", EARLIER: "earlier default", PAST: "earlier, past predictions"}
 SUMMARY = """\
 Gain over plain training in points of accuracy at the last epoch: mean ± standard error (number of seeds), paired by
 seed. `python -m benchmarks.accuracy` with the schedule repeats it. The earlier default (squared distance, class means)
