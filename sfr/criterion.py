@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -239,8 +240,12 @@ class SFRLoss(TensorState):
         return report(self, *example_input, target=target, repeats=repeats)
 
     def twin(self, label_loss: Callable[[Any, Any], Tensor] | None) -> SFRLoss:
-        """Return a new criterion for the same model, without gate and with another loss of the user's own."""
-        return SFRLoss(self._model, self.config, gate="none", label_loss=label_loss)
+        """Return a new criterion for the same model, without gate, beside a copy of another loss if one is given."""
+        switches: Switches = {"gate": "none"}
+        if label_loss is not None:  # which takes the place of the label term
+            switches |= {"smoothing": "none", "num_samples": None, "alpha": None, "momentum": 0.01, "update": "running"}
+            label_loss = copy.deepcopy(label_loss) if isinstance(label_loss, nn.Module) else label_loss
+        return SFRLoss(self._model, self.config, label_loss=label_loss, **switches)
 
     def tensor_state(self) -> dict[str, Tensor]:
         """Return the step; called by ``state_dict``."""

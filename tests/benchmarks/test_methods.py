@@ -396,7 +396,8 @@ def test_sfr_cutmix_is_sfr_on_mixed_images(task: Task) -> None:
     loss = arm(batch()).item()
     images, targets = mixed_batch(task, batch(), 1.0, same_draws)
     model = sfr.SFRWrapper(copy.deepcopy(arm.model.unwrap()))
-    criterion = sfr.SFRLoss(model, feature_weight=0.5)
+    criterion = sfr.SFRLoss(model, arm.criterion.config)
+    assert criterion.config.feature_weight == 0.5
     assert loss == pytest.approx(criterion(model(images), targets).item())
     assert criterion.last.feature > 0
     assert loss != pytest.approx(F.cross_entropy(logits_of(task, batch()), task.labels[batch()]).item())
