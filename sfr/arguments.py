@@ -95,7 +95,8 @@ def _instead(name: str, value: object) -> str:
     if name in OLD_NAMES:
         return f"it is called {OLD_NAMES[name]}"
     if name in (*OF_THE_WRAPPER, "example_input", "record_in_eval"):
-        return f"set it where the model is wrapped: SFRWrapper(model, {name}={value!r})"
+        shown = repr(value) if isinstance(value, (str, int, list, tuple)) else "..."
+        return f"set it where the model is wrapped: SFRWrapper(model, {name}={shown})"
     known = [*SFRConfig.__dataclass_fields__, "label_loss", "num_classes"]
     near = near_names(name, known)
     return f"near names: {near}" if near else f"it takes {', '.join(known)}"

@@ -33,11 +33,11 @@ def test_class_indices_give_the_probability_of_the_label() -> None:
     torch.testing.assert_close(fitted(logits, target, IGNORED), torch.tensor([*expected, 1.0]))
 
 
-def test_one_hot_targets_are_as_fitted_as_their_classes_and_a_target_that_is_met_entirely() -> None:
-    logits, target = torch.randn(4, 5), torch.tensor([0, 4, 2, 1])
-    onehot = F.one_hot(target, 5).float()
-    torch.testing.assert_close(fitted(logits, onehot, IGNORED), fitted(logits, target, IGNORED))
-    torch.testing.assert_close(fitted(logits, logits.softmax(1), IGNORED), torch.ones(4))
+def test_a_mixed_target_is_as_fitted_as_its_labels_are_in_their_shares() -> None:
+    logits, first, second = torch.randn(4, 5), torch.tensor([0, 4, 2, 1]), torch.tensor([3, 4, 0, 2])
+    mixed = 0.3 * F.one_hot(first, 5) + 0.7 * F.one_hot(second, 5)
+    expected = 0.3 * fitted(logits, first, IGNORED) + 0.7 * fitted(logits, second, IGNORED)
+    torch.testing.assert_close(fitted(logits, mixed, IGNORED), expected)
 
 
 def test_of_an_image_with_many_labels_it_is_the_mean_over_those_that_count() -> None:

@@ -51,6 +51,11 @@ class Term(NamedTuple):
     distance: Tensor
     finite: Tensor
 
+    @property
+    def value(self) -> Tensor:
+        """The mean over the images, 0-d."""
+        return self.mean()
+
     def mean(self, weights: Tensor | None = None) -> Tensor:
         """Return the mean over the images, each with its weight (B,), as they stand and not as shares, 0-d.
 

@@ -9,24 +9,24 @@ from torch import Tensor
 
 @torch.no_grad()
 def fitted(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    r"""Return the probability that the network gives to the label of each image, shape (B,), in [0, 1].
+    """Return the probability that the network gives to the label of each image, shape (B,), in [0, 1].
 
     Of an image with many labels (segmentation) it is the mean over those that are not ignored, and 1 if there is none.
-    Of a soft target q it is :math:`e^{-KL(q \,\|\, p)}`, which for a one-hot one is the same.
+    Of a soft target it is that of a label drawn from it, so that two labels of one image, each by itself and weighed,
+    count as the mixed target does.
 
     Args:
         logits: shape (B, K), or (B, K, ...) with one prediction at each position.
         target: class indices, shape (B,) or (B, ...), or soft targets of the shape of the logits.
         ignore_index: class index of labels to be left out.
     """
-    log_probabilities = F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    probabilities = F.softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
     if target.is_floating_point():
-        target, least = target.to(log_probabilities), torch.finfo(log_probabilities.dtype).min
-        divergence = F.kl_div(log_probabilities.clamp_min(least), target, reduction="none").sum(dim=1)
-        kept, of_label = torch.ones_like(divergence, dtype=torch.bool), divergence.neg().exp().clamp_max(1)
+        of_label = (probabilities * target.to(probabilities)).sum(dim=1)
+        kept = torch.ones_like(of_label, dtype=torch.bool)
     else:
         kept = target != ignore_index
-        of_label = log_probabilities.gather(1, target.long().where(kept, 0)[:, None]).squeeze(1).exp()
+        of_label = probabilities.gather(1, target.long().where(kept, 0)[:, None]).squeeze(1)
     of_label, kept = of_label.nan_to_num(nan=0.0).where(kept, 0.0).reshape(len(kept), -1), kept.reshape(len(kept), -1)
     labels = kept.sum(dim=1)
     return (of_label.sum(dim=1) / labels.clamp_min(1)).where(labels > 0, 1.0)

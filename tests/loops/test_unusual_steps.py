@@ -56,7 +56,7 @@ def test_a_loss_of_two_labels_has_the_mixed_label_term_and_one_feature_term(
     make_net, model, batch, step, mix, mixed_loss
 ):
     np.random.seed(0)
-    criterion = sfr.SFRLoss(model)
+    criterion = sfr.SFRLoss(model, gate="none")
     for count in range(1, 4):
         inputs, targets_a, targets_b, lam = mix(*batch)
         outputs = model(inputs)
@@ -152,7 +152,7 @@ def test_a_penalty_on_the_gradient_of_the_loss_is_differentiated_exactly(make_ne
     smooth = nn.Sequential(*(nn.Tanh() if isinstance(module, nn.ReLU) else module for module in make_net())).double()
     model = sfr.SFRWrapper(smooth)
     # What is detached has no derivative here either.
-    criterion = sfr.SFRLoss(model, feature_weight=5.0, detach_deep=False)
+    criterion = sfr.SFRLoss(model, feature_weight=5.0, detach_deep=False, gate="none")
 
     def penalty():
         x = images.clone().requires_grad_()
