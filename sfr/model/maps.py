@@ -53,7 +53,7 @@ class Maps:
 
     def behind(self, logits: Tensor, features: Mapping[str, Tensor]) -> list[str]:
         """Return the names of the stages whose outputs are maps as they are, and lead to the logits."""
-        own = {name: feature for name, feature in features.items() if as_map(feature, self._views[name]) is feature}
+        own = {name: feature for name, feature in features.items() if self._map_of(name, feature) is feature}
         reached = reached_from(logits, {feature.grad_fn for feature in own.values()} - {None})
         return [name for name, feature in own.items() if feature.grad_fn in reached]
 
