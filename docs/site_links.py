@@ -1,7 +1,7 @@
 """Hook of mkdocs: links that work on GitHub, out of the folder docs, work on the site as well.
 
 A file that a page links to, such as an example or a JSON of results, is copied to the site. A folder cannot be: its
-name stays and is no link. CHANGELOG.md and CONTRIBUTING.md are pages of the site, too.
+name stays and is no link. Some Markdown files outside docs, such as the changelog, are pages of the site, too.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-ROOT_PAGES = {"changelog.md": ROOT / "CHANGELOG.md", "contributing.md": ROOT / "CONTRIBUTING.md"}
+OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "examples/README.md", "benchmarks/README.md")
+OUTSIDE_PAGES = {name.lower().replace("/readme", ""): ROOT / name for name in OUTSIDE}
 COPIES = "repository"  # where on the site the copied files lie
 LINK = re.compile(r"(?<!!)\[(?P<text>[^\]\n]*)\]\((?P<file>[^)#\s:]+)(?P<anchor>#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages of the root, and every file outside docs that a page links to."""
-    for name, path in ROOT_PAGES.items():
+    """Add the pages outside docs, and every other file there that a page links to."""
+    for name, path in OUTSIDE_PAGES.items():
         files.append(File.generated(config, name, abs_src_path=str(path)))
     for page in list(files.documentation_pages()):
         for path in linked_outside(source_of(page)):
@@ -49,7 +50,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def source_of(file: File) -> Path:
     """Return where in the repository the text of a page is."""
-    return ROOT_PAGES.get(file.src_uri, DOCS / file.src_uri)
+    return OUTSIDE_PAGES.get(file.src_uri, DOCS / file.src_uri)
 
 
 def linked_outside(source: Path) -> Iterator[Path]:
@@ -69,7 +70,7 @@ def page_name(path: Path) -> str:
     """Return the name on the site of a file of the repository."""
     if path == ROOT / "README.md":
         return "index.md"
-    for name, page in ROOT_PAGES.items():
+    for name, page in OUTSIDE_PAGES.items():
         if path == page:
             return name
     return path.relative_to(DOCS).as_posix() if path.is_relative_to(DOCS) else copy_name(path)
