@@ -26,14 +26,14 @@ INSTEAD = {
     "size_average": MEAN,
     "reduce": MEAN,
 }
-CLASS_WEIGHTS = "class weights are those of a loss of your own: label_loss=nn.CrossEntropyLoss(weight=...)"
+CLASS_WEIGHTS = "for class weights pass a loss of your own: label_loss=nn.CrossEntropyLoss(weight=...)"
 
 
 def configuration(config: object, switches: Mapping[str, Any], default: SFRConfig) -> SFRConfig:
     """Return the configuration of a criterion: `config` or the default, with some switches replaced.
 
     Raises:
-        TypeError: if `config` is none, or for a switch that there is not, saying what takes its place.
+        TypeError: if `config` is not a configuration, or for an unknown switch, saying what to write instead.
     """
     unknown = [name for name in switches if name not in SFRConfig.__dataclass_fields__]
     if unknown:
@@ -49,7 +49,7 @@ def configuration(config: object, switches: Mapping[str, Any], default: SFRConfi
 
 
 def check_label_loss(label_loss: object, config: SFRConfig) -> None:
-    """Raise unless a loss of the user's own can be called, and `config` has no label term beside it."""
+    """Raise if the user's own loss cannot be called, or `config` asks for a label term as well."""
     if isinstance(label_loss, type):
         name = label_loss.__name__
         raise TypeError(f"label_loss must be an instance; got the class {name}: pass label_loss={name}(...)")
@@ -57,7 +57,7 @@ def check_label_loss(label_loss: object, config: SFRConfig) -> None:
         raise TypeError(f"label_loss must be a function of output and target, or None; got {label_loss!r}")
     if label_loss is not None and config.smoothing != "none":
         raise ValueError(
-            f"smoothing={config.smoothing!r} has no effect beside label_loss, which takes the place of the label term: "
+            f"smoothing={config.smoothing!r} has no effect beside label_loss, which replaces the label term: "
             "leave one of them out"
         )
 
@@ -80,7 +80,7 @@ def width_of(model: nn.Module) -> int | None:
 
 
 def check_wrapper_arguments(names: Mapping[str, Any]) -> None:
-    """Raise a ``TypeError`` if the wrapper is given a name that is none of the switches either."""
+    """Raise a ``TypeError`` if the wrapper is given a name that is not a switch either."""
     message = no_such_field(names, also=(*OF_THE_WRAPPER, *OLD_NAMES, "example_input", "record_in_eval"))
     if message:
         raise TypeError(f"SFRWrapper has no argument {message}")

@@ -1,4 +1,4 @@
-"""Watch: what a training is warned of, once, while it runs."""
+"""Watch: warnings during training, each given once."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sfr.warn import warn_user
 # How often the flag of non-finite features is read where that makes the host wait for the device.
 CHECK_EVERY = 100
 # A feature term that is more than this share of the loss for so many steps is warned of; where reading it makes the
-# host wait, it is read as often as that. The label term counts as the largest so far, for when the labels are fitted
-# it goes to zero, and every feature term outweighs it.
+# host wait, it is read as often as that. The label term counts as the largest so far, because it goes to zero once the
+# labels are fitted, and then every feature term outweighs it.
 LARGE_SHARE, LARGE_STEPS = 1 / 3, 50
 
 NONFINITE = (
-    "non-finite features at or before step {}: their images get a feature term of zero. Look at the learning rate and, "
-    "with float16, at the loss scale."
+    "non-finite features at or before step {}: their images get a feature term of zero. Check the learning rate and, "
+    "with float16, the loss scale."
 )
 LARGE = (
     "the feature term has been more than a third of the loss for {} steps. It may keep the network from learning its "
@@ -48,7 +48,7 @@ class Watch:
         self._largest_label = 0.0
 
     def warn(self, message: str, *values: object) -> None:
-        """Warn with one of the messages of this file, unless it was said before."""
+        """Warn with one of the messages of this file, unless it was given before."""
         if message not in self._warned:
             self._warned.add(message)
             warn_user(message.format(*values))

@@ -31,7 +31,7 @@ NO_DATA_PARALLEL = (
 
 
 class SelfFeatures:
-    """``model.sfr``: what a wrapped model has besides its own.
+    """``model.sfr``: what wrapping adds to a model.
 
     Raises:
         RuntimeError: from all but :meth:`unwrap`, if the model has been unwrapped meanwhile.
@@ -73,13 +73,13 @@ class SelfFeatures:
         return self._record.disabled
 
     def take_features(self, logits: Tensor) -> dict[str, Tensor]:
-        """Hand over the features of the last training forward, in forward order, and forget them.
+        """Return the features of the last training forward, in forward order, and release them.
 
         Args:
             logits: the output that the features must belong to.
 
         Raises:
-            RuntimeError: if there are none, or the logits come from another forward, even in part.
+            RuntimeError: if there are none, or any part of the logits comes from another forward.
         """
         return self._record.take_features(logits)
 
@@ -93,7 +93,7 @@ class SelfFeatures:
 
 
 class GivesWay(Generic[Value]):
-    """An attribute of a wrapped model that gives way to one of that name that the model has itself."""
+    """An attribute of a wrapped model, unless the model has one of that name itself."""
 
     def __init__(self, get: Callable[[SelfFeatures], Value]) -> None:
         self._get = get
@@ -119,16 +119,16 @@ class GivesWay(Generic[Value]):
 class SFRWrapper(nn.Module):
     """Wrap a model so that a training forward records the outputs of its stages for :class:`sfr.SFRLoss`.
 
-    It returns the very model, which is wrapped in place: it gets a subclass of its own class, and stays what it was in
-    every other way, in its names, its ``state_dict()``, its attributes and what other libraries see of it. Besides its
-    own it has ``sfr`` (see :class:`SelfFeatures`), ``unwrap()``, and the short forms ``report()`` and ``disable()``;
-    each gives way to an attribute of that name that the model has itself (``model.sfr.unwrap()`` is
-    ``sfr.unwrap(model)`` then). In evaluation mode and under ``torch.no_grad()`` nothing is recorded, nor is a forward
-    that is called as ``model.forward(x)``. A model that is wrapped already is wrapped anew, with the new settings.
+    It returns the same model object, wrapped in place: the model gets a subclass of its own class; its names, its
+    ``state_dict()``, its attributes and what other libraries see of it do not change. It also gets ``sfr`` (see
+    :class:`SelfFeatures`), ``unwrap()``, ``report()`` and ``disable()``. An attribute of that name that the model has
+    itself takes precedence; use :func:`sfr.unwrap` if that is ``unwrap`` or ``sfr``. Nothing is recorded in evaluation
+    mode, under ``torch.no_grad()``, or if the model is called as ``model.forward(x)``. A wrapped model is wrapped again
+    with the new settings.
 
-    Stages not named in the configuration are discovered, and how the outputs of stages are read (layout, class tokens)
-    is seen: in a forward of `example_input` if given, else in the first training forward, at no extra cost. Under
-    ``torch.compile`` that forward runs eagerly; with ``fullgraph=True`` it cannot.
+    If `stages` is not given, the stages are found by watching one forward, which also shows how their outputs are read
+    (layout, class tokens): a forward of `example_input` if given, else the first training forward, at no extra cost.
+    Under ``torch.compile`` that forward runs eagerly; with ``fullgraph=True`` it cannot.
 
     Args:
         model: any ``nn.Module``; wrap it before DDP, FSDP or ``accelerator.prepare``, before or after
@@ -141,14 +141,14 @@ class SFRWrapper(nn.Module):
             and are dropped, >= 0; "auto" counts those beyond the map that the sequence comes from.
         example_input: arguments for one forward in evaluation mode without gradient: a tensor, a tuple of
             positional or a dict of keyword arguments.
-        record_in_eval: record forwards in evaluation mode, too, if they are with gradient, for training with frozen
-            batch normalisation; a validation loss then needs ``criterion.eval()`` or ``torch.no_grad()``.
+        record_in_eval: also record forwards in evaluation mode that have a gradient, for training with frozen batch
+            normalisation; a validation loss then needs ``criterion.eval()`` or ``torch.no_grad()``.
         config, **switches: deprecated; they are arguments of :class:`sfr.SFRLoss`.
 
     Raises:
-        TypeError: if `model` is no ``nn.Module``, its class admits no subclass, or for an argument that is none.
-        ValueError: if a part of the model is wrapped already, or it holds an ``nn.DataParallel`` over several GPUs, or
-            a stage is unknown, or there are fewer than two.
+        TypeError: if `model` is not an ``nn.Module``, its class cannot be subclassed, or for an unknown argument.
+        ValueError: if a part of the model is wrapped already, the model holds an ``nn.DataParallel`` over several GPUs,
+            a stage is unknown, or there are fewer than two stages.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU(), nn.Flatten())
@@ -211,7 +211,7 @@ class SFRWrapper(nn.Module):
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Undo the wrapping of a model, and return it; a model that is not wrapped is returned as it is."""
+    """Undo the wrapping of a model, and return it; a model that is not wrapped is returned unchanged."""
     return take_off(model, SFRWrapper)
 
 

@@ -255,7 +255,7 @@ def test_a_module_called_more_than_once_is_not_discovered(batch):
 
 def test_a_shared_module_named_by_its_second_name_is_an_error_that_names_the_first():
     shared = nn.Conv2d(8, 8, 3, padding=1)
-    with pytest.raises(ValueError, match=r"stage 'body.2' is the very module 'body.1'"):
+    with pytest.raises(ValueError, match=r"stage 'body.2' is the same module as 'body.1'"):
         sfr.SFRWrapper(Classifier(nn.Conv2d(3, 8, 3), shared, shared), stages=["body.0", "body.2"])
 
 
@@ -419,7 +419,7 @@ def test_a_stated_number_of_prefix_tokens_wins(stages):
 def test_more_prefix_tokens_than_tokens_are_an_error_that_names_the_stage():
     vit = VisionTransformer(32, 8, embed_dim=16, depth=2, num_heads=2, num_classes=10)
     model = sfr.SFRWrapper(vit, stages=["blocks.0", "blocks.1"], prefix_tokens=17)
-    with pytest.raises(ValueError, match=r"stage 'blocks.0' has 17 tokens, of which prefix_tokens=17 leave none"):
+    with pytest.raises(ValueError, match=r"stage 'blocks.0' has 17 tokens, and prefix_tokens=17 leaves none"):
         train(model, torch.randn(2, 3, 32, 32))
 
 
@@ -629,7 +629,7 @@ def test_sequences_that_come_in_with_the_batch_second_are_read_so():
     ("stage", "message"),
     [
         (Part(lambda x: x.flatten(0, 1)[:13].unflatten(1, (4, -1))), r"stage 'body.1' has shape \(13, .* batch of 8"),
-        (Part(lambda x: torch.cat([x, x])), r"the stages are of different batches: 'body.0' of 8, 'body.1' of 16"),
+        (Part(lambda x: torch.cat([x, x])), r"the stages have different batch sizes: 'body.0' 8, 'body.1' 16"),
     ],
 )
 def test_a_stage_that_is_not_of_the_batch_of_the_logits_is_an_error_that_names_it(batch, stage, message):

@@ -1,4 +1,4 @@
-"""Several ranks, one answer: the stages that the first of them has found are those of all."""
+"""All ranks use the same stages: those that the first rank to find any has found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which outputs of a watched forward can still become stages; the others are let go of as it proceeds."""
+"""Which outputs of a watched forward can still become stages; the others are released as it proceeds."""
 
 from __future__ import annotations
 
@@ -140,13 +140,13 @@ class Candidates:
         return (self._nesting(later, earlier)[1], later.is_bare) <= (self._nesting(earlier, later)[0], earlier.is_bare)
 
     def _nesting(self, one: Sighting, other: Sighting) -> tuple[int, int]:
-        """Return the least and the most blocks, beside those around both, that `one` may turn out to lie in."""
+        """Return the fewest and the most blocks that `one` may turn out to lie in, without those around both."""
         around = [name for name in self._around(one, other) if name in self._nests]
         least = sum(self._is_seen(name) for name in around)
         return least, least + sum(name not in self._ended and not self._is_seen(name) for name in around)
 
     def _is_seen(self, name: str) -> bool:
-        """Whether the output of a module may be a stage; of one that is still running, if that of its like was."""
+        """Whether a module's output may be a stage; for a module still running, whether one of its type was."""
         if name in self._ended:
             return self._ended[name] is not None
         return type(self._modules[name]) in self._kinds_seen

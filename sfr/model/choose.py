@@ -23,22 +23,22 @@ LEVEL_RATIO = 1.5
 def choose(trace: Trace) -> dict[str, Sighting]:
     """Return the stages by name, in forward order.
 
-    An output counts if it is one floating-point tensor, for the whole batch, of a module called once, that leads to
-    the logits (as far as the autograd graph tells), before the classifier. Of these the stages are
+    Candidates are outputs before the classifier that are one floating-point tensor for the whole batch, of a module
+    called once, and that lead to the logits as far as the autograd graph shows. The stages are
 
     1. in a model most of whose layers lie in blocks of one type at one resolution (transformers, mixers): the outputs
        of those blocks, four evenly spaced in depth;
     2. else the last output at each resolution, down to the smallest;
-    3. where these are fewer than two: of the blocks, or else the layers, four evenly spaced in depth.
+    3. if that gives fewer than two: four blocks or, without blocks, four layers, evenly spaced in depth.
 
-    "Last" prefers the outermost modules, so that a block is taken and not a layer inside the next block (a strided
-    block often begins at the old resolution), and a bare normalisation, pooling or dropout comes after all else.
+    "Last" prefers the outermost module: a block instead of a layer inside the next block (a strided block often begins
+    at the old resolution). A bare normalisation, pooling or dropout is taken only if there is nothing else.
 
     Args:
-        trace: what a forward has shown.
+        trace: the watched forward.
 
     Raises:
-        ValueError: if there are fewer than two.
+        ValueError: if there are fewer than two stages.
     """
     seen, body = _seen_and_body(trace)
     depth = _Depth(trace, body)
@@ -74,9 +74,9 @@ def even_places(count: int) -> list[int]:
 
 
 def single_cells(trace: Trace) -> tuple[str, ...]:
-    """Return, of a net whose last stage is no stage here because its map has a single cell, what to say of it.
+    """Return a note for each stage that is left out because its map has a single cell at this input size.
 
-    What comes after a pooling to one cell was never meant to be a map.
+    Outputs after a pooling to one cell get no note: they were never meant to be maps.
     """
     maps = [sighting for sighting in trace.sightings if sighting.view and sighting.sole and sighting.ndim > 3]
     last = max((place for place, sighting in enumerate(maps) if sighting.cells > 1), default=-1)
@@ -93,7 +93,7 @@ def single_cells(trace: Trace) -> tuple[str, ...]:
 class _Depth:
     """How many blocks a module lies in: the fewer, the more it is a stage.
 
-    A container is no block, nor is a module of a kind that is there once, or one that could be no stage itself.
+    Containers are not blocks, nor are modules whose type occurs once, or that could not be a stage themselves.
     """
 
     def __init__(self, trace: Trace, body: list[Sighting]) -> None:
@@ -110,8 +110,8 @@ class _Depth:
 def _seen_and_body(trace: Trace) -> tuple[list[Sighting], list[Sighting]]:
     """Return the outputs that lead to the logits, and of these the ones before the classifier.
 
-    Where a loss takes the place of the logits, or one number for each image, the last layer is the classifier: of
-    several heads, as detectors have at each resolution, the other ones and what is for them alone count as side
+    If the model returns a loss, or one number for each image, instead of logits, the last layer counts as the
+    classifier. Other heads, which detectors have at each resolution, and the layers that only feed them are side
     branches.
     """
     leading = _leading_to(trace.logits_node, trace.sightings)
@@ -222,7 +222,7 @@ def _last(candidates: list[Sighting], key: Callable[[Sighting], int], depth: _De
 
 
 def _why_few(trace: Trace) -> str:
-    """Return what is known of the outputs that are no stages, as the rest of a sentence."""
+    """Return why there are so few stages, as the rest of a sentence."""
     unread = [sighting for sighting in trace.sightings if sighting.problem]
     if unread:
         stated = "" if trace.layout == "auto" else f" with layout={trace.layout!r}"

@@ -1,4 +1,4 @@
-"""Any feature layout -> nodes: the local feature vectors (B, N, C) of one map, and their channel segments."""
+"""Any feature layout -> a map, channels first and without prefix tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class View:
 
     Args:
         layout: its memory layout.
-        prefix: tokens in front that are no local features (class, distillation, register tokens); they are dropped.
+        prefix: number of tokens in front that are dropped (class, distillation, register tokens).
         grid: shape of a map with the proportions of the one the tokens come from; () for a plain sequence.
     """
 
@@ -47,7 +47,7 @@ def spatial_shape(feature: Shaped, layout: Layout) -> Grid:
             (N, B, C) or "vector" (B, C).
 
     Raises:
-        ValueError: if the feature has not the number of axes that its layout needs, or the layout is no such.
+        ValueError: if the layout is unknown, or the feature does not have as many axes as it needs.
     """
     axes = {
         "vector": (2, 2), "tokens": (3, 3), "sequence_first": (3, 3), "channels_first": (3, 5), "channels_last": (3, 5)
@@ -85,7 +85,7 @@ def as_map(feature: Tensor, view: View) -> Tensor:
     if view.layout != "channels_last":
         count = feature.shape[1] - view.prefix
         if count < 1:
-            raise ValueError(f"has {feature.shape[1]} tokens, of which prefix_tokens={view.prefix} leave none")
+            raise ValueError(f"has {feature.shape[1]} tokens, and prefix_tokens={view.prefix} leaves none")
         feature = feature[:, view.prefix :].unflatten(1, token_grid(count, view.grid))
     return feature.movedim(-1, 1)
 

@@ -14,23 +14,23 @@ from sfr.model.formats import Shaped
 def infer_layout(stage: nn.Module, feature: Shaped, layer: nn.Module | None = None) -> Layout:
     """Return the layout of a stage's output, from its shape and the layers of the stage.
 
-    Two axes are a vector. Else the channels are the axis that is as long as the last convolution or linear map is
-    wide. If both or neither are, a stage with a convolution, or with none of the layers that work on the last axis
-    (Linear, LayerNorm), has channels first; any other has tokens (three axes) or channels last.
+    An output with two axes is a vector. Otherwise the channels are the axis, second or last, whose length is the width
+    of the last convolution or linear layer. If both or neither fit, a stage with a convolution, or without layers that
+    work on the last axis (Linear, LayerNorm), has channels first; any other has tokens (three axes) or channels last.
 
     Args:
         stage: the submodule.
         feature: its output.
-        layer: the last layer that ran before the output, where known; it speaks for a stage that holds none.
+        layer: the last layer that ran before the output, if known; used if the stage has no layer itself.
 
     Raises:
-        ValueError: if the shape is no known layout.
+        ValueError: if the shape fits no layout.
     """
     if feature.ndim == 2:
         return "vector"
     if not 3 <= feature.ndim <= 5:
         raise ValueError(
-            f"has shape {tuple(feature.shape)}, which is no known layout: (B, C), (B, N, C), or channels first or last "
+            f"has shape {tuple(feature.shape)}, which fits no layout: (B, C), (B, N, C), or channels first or last "
             "with up to three spatial axes; tap a submodule with such an output, with stages=[...]"
         )
     last_axis: Layout = "tokens" if feature.ndim == 3 else "channels_last"
@@ -51,10 +51,10 @@ def infer_layout(stage: nn.Module, feature: Shaped, layer: nn.Module | None = No
 
 
 def check_batches(outputs: Mapping[str, tuple[tuple[int, ...], Layout]], batch: int | None) -> None:
-    """Raise a ``ValueError`` unless all stages are of one batch, and of that of the logits.
+    """Raise a ``ValueError`` unless all stages have the same batch size, and the logits fit it.
 
-    Stages may also be of a multiple of it (a model that folds frames or crops into the batch) or of a part (logits
-    flattened over positions).
+    A stage may have a multiple of the logits' batch size (a model that folds frames or crops into the batch) or a
+    fraction of it (logits flattened over positions).
 
     Args:
         outputs: shape and layout of the output of each stage, by name.
@@ -70,20 +70,20 @@ def check_batches(outputs: Mapping[str, tuple[tuple[int, ...], Layout]], batch: 
             raise ValueError(f"stage {name!r} {swapped_axes(shape, batch, layout)}")
         if not size or not batch or (size % batch and batch % size):
             raise ValueError(
-                f"stage {name!r} has shape {shape}, read as {layout!r} of a batch of {size}, but the logits are of a "
+                f"stage {name!r} has shape {shape}, read as {layout!r} with a batch of {size}, but the logits have a "
                 f"batch of {batch}: tap a module whose output is for the whole batch, with stages=[...]. If the logits "
                 "were picked out of the batch, pass all of them, and let a loss of your own pick: "
                 "label_loss=lambda logits, target: F.cross_entropy(logits[picked], target[picked])"
             )
     if len(set(sizes.values())) > 1:
         raise ValueError(
-            f"the stages are of different batches: {', '.join(f'{name!r} of {size}' for name, size in sizes.items())}. "
+            f"the stages have different batch sizes: {', '.join(f'{name!r} {size}' for name, size in sizes.items())}. "
             "Tap modules whose outputs are all for the whole batch, with stages=[...]"
         )
 
 
 def swapped_axes(shape: Sequence[int], batch: int, layout: Layout) -> str:
-    """Return what to say of an output whose batch, of this length, is not on the axis where its layout has it."""
+    """Return the message for an output whose batch, of this length, is not on the axis that its layout says."""
     is_axis, other = ("first", "tokens") if layout == "sequence_first" else ("second", "sequence_first")
     return (
         f"has shape {tuple(shape)}, and the batch of {batch} is its {is_axis} axis: state layout={other!r}, or tap "

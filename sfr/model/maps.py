@@ -63,6 +63,6 @@ class Maps:
         return order if features.keys() <= set(order) else list(features)
 
     def check(self, features: Mapping[str, Tensor], batch: int | None) -> None:
-        """Raise a ``ValueError`` unless all stages are of one batch, and of that of the logits, if it is known."""
+        """Raise a ``ValueError`` unless all stages have one batch size that fits the logits, if theirs is known."""
         views = {name: self.view_of(name, feature) for name, feature in features.items()}
         check_batches({name: (tuple(features[name].shape), view.layout) for name, view in views.items()}, batch)

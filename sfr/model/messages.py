@@ -1,4 +1,4 @@
-"""What is said where the features of a forward cannot be used."""
+"""Messages of the errors that features raise when they cannot be used."""
 
 NO_FEATURES = (
     "no features are recorded. A criterion belongs to the model it was made for: for another one, or a copy, make a "

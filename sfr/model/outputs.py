@@ -30,7 +30,7 @@ def logits_in(output: Any) -> Tensor | None:
 
 
 def the_logits(output: Any) -> Tensor:
-    """Return the logits in a model's output, as :func:`logits_in`, unless they are not all there is to train.
+    """Return the logits in a model's output, as :func:`logits_in`, or raise if other parts need a loss as well.
 
     Raises:
         TypeError: if it is not clear which part of the output they are, saying what to pass.
@@ -90,7 +90,7 @@ def feature_of(name: str, output: Any) -> Tensor:
     """Return the feature in a stage's output: the tensor itself, or the first floating one of a container.
 
     Raises:
-        TypeError: naming the stage, if there is none.
+        TypeError: naming the stage, if its output holds no floating-point tensor.
     """
     features = features_in(output)
     if not features:

@@ -169,7 +169,7 @@ def views_of(trace: Trace, names: Iterable[str]) -> dict[str, View]:
 
 
 def assumed_view(stage: nn.Module, feature: Tensor, settings: StageSettings) -> View:
-    """Return how the output of a stage is read whose forward was not watched.
+    """Return how to read the output of a stage whose forward was not watched.
 
     Raises:
         ValueError: if the layout or the number of prefix tokens cannot be told.

@@ -1,4 +1,4 @@
-"""StageSettings: what the user states of the stages, and of how their outputs are read."""
+"""StageSettings: what the user states about the stages and how their outputs are read."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ HOW_TO_NAME = (
 
 
 def find_stages(model: nn.Module, stages: str | Sequence[str]) -> dict[str, nn.Module]:
-    """Return the submodules called for, by name.
+    """Return the submodules that are to be stages, by name.
 
     Args:
         model: the plain model.
@@ -34,7 +34,7 @@ def find_stages(model: nn.Module, stages: str | Sequence[str]) -> dict[str, nn.M
         try:
             pattern = re.compile(stages)
         except re.error as error:
-            raise ValueError(f"stages={stages!r} is no regular expression: {error}") from error
+            raise ValueError(f"stages={stages!r} is not a regular expression: {error}") from error
         found = {name: module for name, module in modules.items() if pattern.fullmatch(name)}
         inside = [name for name in modules if re.fullmatch(rf".*\.(?:{stages})", name)] if len(found) < 2 else []
         if inside:
@@ -48,7 +48,7 @@ def find_stages(model: nn.Module, stages: str | Sequence[str]) -> dict[str, nn.M
         for name in stages:
             if name in everything and name not in modules:
                 first = next(other for other, module in modules.items() if module is everything[name])
-                raise ValueError(f"stage {name!r} is the very module {first!r}, and a shared module cannot be a stage")
+                raise ValueError(f"stage {name!r} is the same module as {first!r}; a shared module cannot be a stage")
             if name not in modules:
                 near = near_names(name, modules, 5) or ", ".join(map(repr, list(modules)[:10]))
                 raise ValueError(f"the model has no stage {name!r}; near names: {near}")

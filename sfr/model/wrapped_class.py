@@ -1,4 +1,4 @@
-"""The class that a wrapped model gets: its own class in all but that its calls are recorded."""
+"""The class that a wrapped model gets: a subclass of its own whose calls are recorded."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _namespace(plain: Any, wrapper: type) -> dict[str, Any]:
 
 
 def _shallow_copy(model: Any) -> nn.Module:
-    """Return what ``copy.copy`` makes of a model whose class says nothing of it."""
+    """Return what ``copy.copy`` makes of a model whose class does not define it."""
     make, args, state, *_ = model.__reduce_ex__(4)
     copied: nn.Module = make(*args)
     copied.__setstate__(state)
@@ -136,7 +136,7 @@ def _shallow_copy(model: Any) -> nn.Module:
 
 
 def take_off(model: nn.Module, wrapper: type) -> nn.Module:
-    """Undo the wrapping of a model in place, and return it; a model that is not wrapped is returned as it is."""
+    """Undo the wrapping of a model in place, and return it; a model that is not wrapped is returned unchanged."""
     record = vars(model).pop(RECORD, None)
     if record is None:
         return model
