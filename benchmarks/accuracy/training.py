@@ -25,7 +25,7 @@ from benchmarks.common.networks import build_network
 from examples.common.atomic_file import replace_file
 from examples.common.data import Labelled
 from examples.common.learning_rate import warmup_then_cosine
-from examples.common.metrics import classification_scores
+from examples.common.scores import classification_scores
 
 SAVE_EVERY = 120  # seconds between two states that a killed cell goes on from
 EVALUATION_BATCH = 500

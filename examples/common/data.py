@@ -5,7 +5,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -144,6 +143,8 @@ def load_cifar(name: str, data_dir: Path | None, limit: int | None) -> tuple[Lab
 
 
 def from_hub(name: str) -> dict[str, pa.Table]:
+    import datasets  # takes seconds, and local files do not need it
+
     try:
         parts = datasets.load_dataset(f"uoft-cs/{name}")
     except Exception as error:  # each layer below has its own type for "no network"

@@ -6,7 +6,7 @@ import torch
 from scripts import run_example
 
 import compare
-from common.metrics import classification_scores
+from common.scores import classification_scores
 
 
 def test_the_command_prints_every_seed_and_the_paired_difference_and_draws_it(tmp_path, capfd):

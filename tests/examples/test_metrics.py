@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from common.metrics import ClassificationMetric, expected_calibration_error
+from common.metrics import ClassificationMetric
+from common.scores import expected_calibration_error
 
 
 def plain_metrics(logits, labels):
