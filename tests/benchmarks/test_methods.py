@@ -391,7 +391,7 @@ def test_cutmix_with_probability_zero_is_vanilla_and_half_of_the_batches_are_mix
 
 
 def test_sfr_cutmix_is_sfr_on_mixed_images(task: Task) -> None:
-    arm, same_draws = build_arm("sfr-cutmix@probability=1,weight=0.5", task), torch.Generator()
+    arm, same_draws = build_arm("sfr-cutmix@probability=1,feature_weight=0.5", task), torch.Generator()
     same_draws.set_state(arm.draws.generator.get_state())
     loss = arm(batch()).item()
     images, targets = mixed_batch(task, batch(), 1.0, same_draws)
