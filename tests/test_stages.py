@@ -118,7 +118,7 @@ def test_an_unknown_stage_is_an_error_that_lists_near_names():
         (["layer1", "layer1"], "repeated"),
         (["layer1"], "two are needed"),
         ("nothing.*", "gives 0 stage"),
-        ("layer[", "no regular expression"),
+        ("layer[", "is not a regular expression"),
     ],
 )
 def test_bad_stages_are_an_error(stages, message):
