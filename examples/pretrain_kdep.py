@@ -70,11 +70,8 @@ def pretrain(folder: Path, args: argparse.Namespace) -> None:
     unused_classifier = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = runs.build_accelerator(args, unused_classifier)
     with runs.opened(args, accelerator, {"sfr": None}) as run:
-        splits = run.load(lambda: data.load_splits(args.dataset, args.data_dir, args.limit, args.val_fraction))
-        train_loader, test_loader = run.loader(splits.train, shuffle=True), run.loader(splits.test)
-        curve_loader, curve = test_loader, "test"
-        if splits.validation is not None:
-            curve_loader, curve = run.loader(splits.validation), "val"
+        run.load(lambda: data.load_splits(args.dataset, args.data_dir, args.limit, args.val_fraction))
+        train_loader, test_loader, curve_loader, curve = run.loaders()
 
         set_seed(args.seed)  # the same initial weights in all processes ...
         teacher, student = build(args, accelerator.device)

@@ -46,11 +46,8 @@ def main(argv: Sequence[str] | None = None) -> nn.Module:
 def train(args: argparse.Namespace, accelerator: Accelerator) -> nn.Module:
     """Go through one whole run, from its data set to its folder; return the trained, plain model."""
     with runs.opened(args, accelerator, {"sfr": sfr_settings(args)}) as run:
-        splits = run.load(lambda: data.load_splits(args.dataset, args.data_dir, args.limit, args.val_fraction))
-        train_loader, test_loader = run.loader(splits.train, shuffle=True), run.loader(splits.test)
-        curve_loader, curve = test_loader, "test"
-        if splits.validation is not None:
-            curve_loader, curve = run.loader(splits.validation), "val"
+        run.load(lambda: data.load_splits(args.dataset, args.data_dir, args.limit, args.val_fraction))
+        train_loader, test_loader, curve_loader, curve = run.loaders()
 
         set_seed(args.seed)  # the same initial weights in all processes ...
         model, criterion = build(args, accelerator.device)

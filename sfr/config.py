@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, TypeAlias, TypedDict
 
 from sfr.checks import check_choice, check_number, items, near_names, plain_number
@@ -186,7 +186,7 @@ class SFRConfig:
 
     def weight_at(self, step: int) -> float:
         """Return λ of training step `step`, counted from 1."""
-        return Ramp.of(self.feature_weight).at(step)
+        return self.feature_weight.at(step) if isinstance(self.feature_weight, Ramp) else self.feature_weight
 
     def of_pairs(self) -> dict[str, Any]:
         """Return the switches that :func:`sfr.feature.term.matched_pairs` takes."""
@@ -200,6 +200,11 @@ class SFRConfig:
         """Return the switches that :class:`sfr.DynamicLabelSmoothing` takes."""
         names = ("alpha", "momentum", "update", "ignore_index", "num_samples")
         return {"mode": self.smoothing} | {name: getattr(self, name) for name in names}
+
+    def without_label_term(self) -> SFRConfig:
+        """Return a configuration that goes with a loss of the user's own: what belongs to the label term is unset."""
+        names = ("smoothing", "num_samples", *(name for names in EFFECTIVE for name in names))
+        return replace(self, **{name: getattr(SFRConfig, name) for name in names})
 
     def _freeze(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

@@ -17,13 +17,14 @@ from sfr.labels.cross_entropy import cross_entropy
 from sfr.labels.fitted import fitted
 from sfr.labels.smoothing import DynamicLabelSmoothing
 from sfr.labels.targets import checked_target
+from sfr.model.graph import names_behind
 from sfr.model.maps import Maps
 from sfr.model.outputs import part_with_graph, the_logits
 from sfr.model.record import Record, known_record, record_of, wrapped_in
 from sfr.parts import LossParts
 from sfr.preflight.report import Report, report
 from sfr.state import TensorState
-from sfr.watch import EVALUATION, FROZEN, Watch
+from sfr.step_warnings import EVALUATION, FROZEN, StepWarnings
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -94,7 +95,7 @@ class SFRLoss(TensorState):
         self.labels = DynamicLabelSmoothing(num_classes=num_classes, **self.config.of_labels())
         if label_loss is None and num_classes is None:
             self.labels.expect_classes(width_of(self._model))
-        self.maps, self.watch = Maps(self._model), Watch()
+        self.maps, self.warnings = Maps(self._model), StepWarnings()
         self.step = self._label_step = 0
         self._made_for = record.stated
         self._last: LossParts | None = None
@@ -168,7 +169,7 @@ class SFRLoss(TensorState):
             recorder.excuse()
             return self._plain(output, target)
         if not record.check_use(self._model, self._made_for, self.label_loss is None and self.labels.exchanges):
-            self.watch.warn(EVALUATION)
+            self.warnings.warn(EVALUATION)
             return self._plain(output, target)
         logits = the_logits(output) if self.label_loss is None else part_with_graph(output)
         terms: dict[str, Term] | None = recorder.result_again(logits, self)  # as for the two labels of MixUp
@@ -185,15 +186,15 @@ class SFRLoss(TensorState):
         if not terms:  # or the forward skipped the stages
             self._last = LossParts.without_feature(label, weight)
             return label
-        fitted = self._fitted(logits, target)
-        pairs = {name: term.mean(fitted) for name, term in terms.items()}
-        feature = torch.stack(list(pairs.values())).mean().to(label.device)
+        weights = self._fitted(logits, target)
+        values = {name: term.mean(weights) for name, term in terms.items()}
+        feature = torch.stack(list(values.values())).mean().to(label.device)
         if not feature.requires_grad:
-            self.watch.warn(FROZEN)
+            self.warnings.warn(FROZEN)
+        pairs = {name: value.detach() for name, value in values.items()}
         distances = {name: term.distance for name, term in terms.items()}
-        pairs = {name: value.detach() for name, value in pairs.items()}
         self._last = LossParts(label.detach(), feature.detach(), weight, pairs, distances)
-        self.watch.see_parts(self._last, self.step, self.config.feature_weight)
+        self.warnings.see_parts(self._last, self.step, self.config.feature_weight)
         return label + weight * feature
 
     def _plain(self, output: Any, target: Any) -> Tensor:
@@ -212,20 +213,21 @@ class SFRLoss(TensorState):
     def _checked_terms(self, features: Mapping[str, Tensor], logits: Tensor) -> dict[str, Term]:
         """Return :meth:`terms_of`, once all stages are known to be of the batch of the logits."""
         self.maps.check(features, len(logits) if self.label_loss is None else None)
-        # Through the logits every stage they were computed from gets a gradient; through a loss of the user's own,
-        # it may not.
-        joining = self.maps.behind(logits, features) if self.label_loss is None else ()
-        terms = self.terms_of(features, joining)
-        self.watch.see_terms(terms, self.step)
+        maps, joining = self.maps.of(features), []
+        if self.label_loss is None:
+            # Through the logits every stage they were computed from gets a gradient; through a loss of the user's own,
+            # it may not. The hook is set on the very output of the stage.
+            joining = names_behind(logits, {name: each for name, each in features.items() if maps[name] is each})
+        terms = self._terms(maps, joining)
+        self.warnings.see_terms(terms, self.step)
         return terms
 
-    def terms_of(self, features: Mapping[str, Tensor], joining: Collection[str] = ()) -> dict[str, Term]:
-        """Return the feature term of every pair, of features as ``model.sfr.take_features`` gives them.
+    def terms_of(self, features: Mapping[str, Tensor]) -> dict[str, Term]:
+        """Return the feature term of every pair, of features as ``model.sfr.take_features`` gives them."""
+        return self._terms(self.maps.of(features))
 
-        The argument `joining` is that of :func:`sfr.feature.term.feature_terms`.
-        """
-        order, switches = self.maps.order(features), self.config.of_terms()
-        return feature_terms(self.maps.of(features), order=order, joining=joining, **switches)
+    def _terms(self, maps: Mapping[str, Tensor], joining: Collection[str] = ()) -> dict[str, Term]:
+        return feature_terms(maps, order=self.maps.order(maps), joining=joining, **self.config.of_terms())
 
     def pairs_of(self, features: Mapping[str, Tensor]) -> Iterator[Pair]:
         """Yield what the transport of each pair is between, of features as ``model.sfr.take_features`` gives them."""
@@ -241,11 +243,9 @@ class SFRLoss(TensorState):
 
     def twin(self, label_loss: Callable[[Any, Any], Tensor] | None) -> SFRLoss:
         """Return a new criterion for the same model, without gate, beside a copy of another loss if one is given."""
-        switches: Switches = {"gate": "none"}
-        if label_loss is not None:  # which takes the place of the label term
-            switches |= {"smoothing": "none", "num_samples": None, "alpha": None, "momentum": 0.01, "update": "running"}
-            label_loss = copy.deepcopy(label_loss) if isinstance(label_loss, nn.Module) else label_loss
-        return SFRLoss(self._model, self.config, label_loss=label_loss, **switches)
+        config = self.config if label_loss is None else self.config.without_label_term()
+        own = copy.deepcopy(label_loss) if isinstance(label_loss, nn.Module) else label_loss
+        return SFRLoss(self._model, config, label_loss=own, gate="none")
 
     def tensor_state(self) -> dict[str, Tensor]:
         """Return the step; called by ``state_dict``."""

@@ -45,6 +45,13 @@ class Run:
             raise SystemExit(f"--batch-size {size} is more than the {images} training images")
         return self.splits
 
+    def loaders(self) -> tuple[Any, Any, Any, str]:
+        """The batches to train on, those of the test, and those of the curve with its name: "val", of the images held
+        out, or the test's if there are none."""
+        train, test = self.loader(self.splits.train, shuffle=True), self.loader(self.splits.test)
+        held_out = self.splits.validation
+        return (train, test, test, "test") if held_out is None else (train, test, self.loader(held_out), "val")
+
     def loader(self, images: ImageSet, shuffle: bool = False) -> Any:
         """Batches of images and labels. Where we train (`shuffle`) only whole ones, so that one process and several
         take the same steps, and with each image its number."""

@@ -43,27 +43,13 @@ def pool(feature_map: Tensor, grid: Grid, *, joining: bool = False) -> Tensor:
     if not by_matrix or math.prod(spatial) > MATRIX_UP_TO or not _is_dense(feature_map):
         pools: tuple[Callable[..., Tensor], ...] = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
         return pools[len(grid) - 1](feature_map, grid).flatten(2)
-    averaging = _Averaging(spatial, grid, averages(spatial, grid, feature_map.dtype))
+    averaging = _averaging(spatial, grid, feature_map.dtype)
     if joining and torch.is_grad_enabled() and feature_map.requires_grad:
         waiting: list[tuple[int, Tensor]] = []
         cells: Tensor = _JoiningPool.apply(feature_map, averaging, waiting)
         feature_map.register_hook(_Join(averaging, waiting))
         return cells
     return averaging.of(feature_map)
-
-
-@lru_cache(maxsize=256)
-def averages(spatial: Grid, grid: Grid, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the matrix (cells of the map, cells of the grid) of adaptive average pooling."""
-    with torch.inference_mode(False), torch.device("cpu"):
-        matrix = torch.ones(1, 1, dtype=dtype)
-        for size, count in zip(spatial, grid, strict=True):
-            axis = torch.zeros(size, count, dtype=dtype)
-            for cell in range(count):
-                start, end = cell * size // count, -(-(cell + 1) * size // count)
-                axis[start:end, cell] = 1 / (end - start)
-            matrix = torch.kron(matrix, axis)
-        return matrix.contiguous()
 
 
 def _is_dense(feature_map: Tensor) -> bool:
@@ -76,18 +62,18 @@ def _channels_are_last(feature_map: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _Averaging:
-    """Average pooling of maps of one shape to one grid, by its matrix (cells of the map, cells of the grid)."""
+    """Average pooling of maps of one shape to one grid.
+
+    Args:
+        spatial, grid: cells of the map, and of the grid, along each axis.
+        matrix: shape (cells of the map, cells of the grid).
+        window: height and width of the windows of a large image, if all are equal.
+    """
 
     spatial: Grid
     grid: Grid
     matrix: Tensor
-
-    @property
-    def window(self) -> Grid | None:
-        """Height and width of the windows of a large image, if all are equal."""
-        large = len(self.grid) == 2 and math.prod(self.spatial) >= SUMS_FROM
-        even = large and not any(size % count for size, count in zip(self.spatial, self.grid, strict=True))
-        return (self.spatial[0] // self.grid[0], self.spatial[1] // self.grid[1]) if even else None
+    window: Grid | None
 
     def of(self, feature_map: Tensor) -> Tensor:
         """Return the cells (B, C, N) of a map."""
@@ -117,6 +103,23 @@ class _Averaging:
         height, width = self.window
         rows = cells.reshape(-1, self.grid[1]).repeat_interleave(width, dim=1).mul_(1 / (height * width))
         return torch.add(gradient.reshape(-1, height, self.spatial[1]), rows[:, None, :]).view(gradient.shape)
+
+
+@lru_cache(maxsize=256)
+def _averaging(spatial: Grid, grid: Grid, dtype: torch.dtype) -> _Averaging:
+    """Return the pooling, whose windows are those of PyTorch's adaptive pooling."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        matrix = torch.ones(1, 1, dtype=dtype)
+        for size, count in zip(spatial, grid, strict=True):
+            axis = torch.zeros(size, count, dtype=dtype)
+            for cell in range(count):
+                start, end = cell * size // count, -(-(cell + 1) * size // count)
+                axis[start:end, cell] = 1 / (end - start)
+            matrix = torch.kron(matrix, axis)
+    even = not any(size % count for size, count in zip(spatial, grid, strict=True))
+    by_sums = even and len(grid) == 2 and math.prod(spatial) >= SUMS_FROM
+    window = tuple(size // count for size, count in zip(spatial, grid, strict=True)) if by_sums else None
+    return _Averaging(spatial, grid, matrix.contiguous(), window)
 
 
 class _JoiningPool(torch.autograd.Function):

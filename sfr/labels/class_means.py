@@ -64,6 +64,7 @@ class ClassMeans:
     @torch.no_grad()
     def observe(self, batch: Batch) -> None:
         """Add the correctly classified samples of all ranks to the statistics."""
+        self._prepare(batch.log_probabilities)
         label = batch.labels.argmax(dim=1) if batch.kept is None else batch.labels.where(batch.kept, -1)
         largest, predicted = batch.log_probabilities.max(dim=1)
         # NaN is the largest of a row that holds one: a prediction that is not finite is not correct.

@@ -220,11 +220,10 @@ class DynamicLabelSmoothing(TensorState):
         if self.source is None:
             uniform = batch.log_probabilities.new_tensor(1.0 / logits.shape[1]).expand_as(batch.log_probabilities)
             return self._towards(batch, uniform, alpha)
-        rows = self.source.recall(batch)
         if target.is_floating_point() and not self.smooth_soft_targets:
             loss = cross_entropy(logits, target, self.ignore_index)
         else:
-            loss = self._towards(batch, rows, alpha)
+            loss = self._towards(batch, self.source.recall(batch), alpha)
         # Soft targets count in any case: other ranks may have class indices in this step, and wait for the sums.
         self.source.observe(batch.detached())
         return loss

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterator, Set
+from collections.abc import Container, Iterator, Mapping, Set
 from typing import Any
 
 from torch import Tensor
@@ -39,12 +39,13 @@ def graph_behind(node: Any, ends: Container[Any] = ()) -> Iterator[Any]:
                 waiting.extend(parent for parent, _ in node.next_functions)
 
 
-def reached_from(logits: Tensor, nodes: Set[Any]) -> set[Any]:
-    """Return those of the nodes that the logits were computed from."""
+def names_behind(logits: Tensor, features: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the features that the logits were computed from, by their places in the autograd graph."""
+    nodes = {feature.grad_fn for feature in features.values()} - {None}
     reached = set()
     for node in graph_behind(logits.grad_fn):
         if node in nodes:
             reached.add(node)
             if len(reached) == len(nodes):
                 break
-    return reached
+    return [name for name, feature in features.items() if feature.grad_fn in reached]

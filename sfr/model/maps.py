@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
 from sfr.model.formats import View, as_map
-from sfr.model.graph import reached_from
 from sfr.model.layouts import check_batches
 from sfr.model.reading import assumed_view
 from sfr.model.record import known_record
@@ -51,16 +50,10 @@ class Maps:
                 raise ValueError(f"stage {name!r} {error}") from None
         return self._views[name]
 
-    def behind(self, logits: Tensor, features: Mapping[str, Tensor]) -> list[str]:
-        """Return the names of the stages whose outputs are maps as they are, and lead to the logits."""
-        own = {name: feature for name, feature in features.items() if self._map_of(name, feature) is feature}
-        reached = reached_from(logits, {feature.grad_fn for feature in own.values()} - {None})
-        return [name for name, feature in own.items() if feature.grad_fn in reached]
-
-    def order(self, features: Mapping[str, Tensor]) -> list[str]:
+    def order(self, names: Collection[str]) -> list[str]:
         """Return the names of all stages, the shallowest first, also of those that a forward skipped."""
         order = known_record(self._model).recorder.order
-        return order if features.keys() <= set(order) else list(features)
+        return order if set(names) <= set(order) else list(names)
 
     def check(self, features: Mapping[str, Tensor], batch: int | None) -> None:
         """Raise a ``ValueError`` unless all stages have one batch size that fits the logits, if theirs is known."""

@@ -93,19 +93,18 @@ def _namespace(plain: Any, wrapper: type) -> dict[str, Any]:
         make, *args = (plain if vars(type(self)).get(PLAIN) and each is type(self) else each for each in (make, *args))
         return _rebuilt, (wrapper, make, tuple(args)), *rest
 
-    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
-        copied = plain.__deepcopy__(self, memo)
-        record = record_of(self)
+    def wrapped_anew(original: Any, copied: nn.Module, *, shallow: bool) -> nn.Module:
+        record = record_of(original)
         if record is not None and record_of(copied) in (None, record):
-            vars(copied)[RECORD] = record.for_copy(copied)
+            vars(copied)[RECORD] = record.for_copy(copied, shallow)
         return swap_class(copied, wrapped_class(type(copied), wrapper))
+
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+        return wrapped_anew(self, plain.__deepcopy__(self, memo), shallow=False)
 
     def __copy__(self: Any) -> Any:
         copied = plain.__copy__(self) if hasattr(plain, "__copy__") else _shallow_copy(self)
-        record = record_of(self)
-        if record is not None and record_of(copied) in (None, record):
-            vars(copied)[RECORD] = record.for_copy(copied, shallow=True)
-        return swap_class(copied, wrapped_class(type(copied), wrapper))
+        return wrapped_anew(self, copied, shallow=True)
 
     def __prepare_scriptable__(self: Any) -> Any:
         """Return the plain model, on the same parameters and buffers, for TorchScript, which compiles no tap."""

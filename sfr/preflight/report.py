@@ -19,8 +19,8 @@ from sfr.model.record import known_record
 from sfr.model.unchanged import unchanged
 from sfr.parts import LossParts
 from sfr.preflight.cost import StepCost, compare_steps
+from sfr.step_warnings import LARGE_SHARE
 from sfr.transport import default_solver
-from sfr.watch import LARGE_SHARE
 
 NO_CLASSES = (
     "the terms of the loss are not shown, because random labels cannot be drawn: the output is no classes (fewer than "
@@ -68,6 +68,7 @@ class Report:
         solver: the transport solver that "auto" stands for on this device.
         plain: time and memory of a step of the plain model with cross-entropy.
         sfr: time and memory of a step of the wrapped model with :class:`sfr.SFRLoss`.
+        labels: which labels the loss is of.
         gated: whether the feature term of an image counts only as far as its labels are fitted.
         notes: what is not shown or left out, and why.
     """
@@ -79,6 +80,7 @@ class Report:
     plain: StepCost
     sfr: StepCost
     gated: bool = False
+    labels: str = "on random labels"
     notes: tuple[str, ...] = ()
 
     @property
@@ -105,7 +107,7 @@ class Report:
                 "",
                 _table(("shallow", "supervised by", "nodes", "channels", "plans"), pairs),
                 "",
-                *(_terms(self.loss, gated=self.gated) if self.loss else []),
+                *(_terms(self.loss, self.labels, gated=self.gated) if self.loss else []),
                 f"solver: {self.solver}",
                 f"step:   {times[0] * 1e3:.1f} ms plain, {times[1] * 1e3:.1f} ms with SFR ({self.time_ratio:.2f}x, "
                 f"medians of {len(self.plain.seconds)}, forward and backward)",
@@ -172,6 +174,7 @@ def report(criterion: Criterion, *example_input: Any, target: Any = None, repeat
         shows_loss = target is not None or (criterion.label_loss is None and _is_of_classes(logits))
         twin = criterion.twin(criterion.label_loss if shows_loss else _mean_of)
         twin.labels.sync = False
+        labels = "on random labels" if target is None else "on the given target"
         if target is None and shows_loss:
             target = torch.randint(logits.shape[1], (len(logits), *logits.shape[2:])).to(logits.device)
         numbers = _some_numbers(twin.config.num_samples, logits)
@@ -193,7 +196,7 @@ def report(criterion: Criterion, *example_input: Any, target: Any = None, repeat
     gated = criterion.config.gate != "none" and criterion.label_loss is None
     notes = [] if shows_loss else [NO_CLASSES]
     notes += [f"left out: {stage}" for stage in record.left_out]
-    return Report(stages, pairs, loss, solver, costs["plain"], costs["sfr"], gated, tuple(notes))
+    return Report(stages, pairs, loss, solver, costs["plain"], costs["sfr"], gated, labels, tuple(notes))
 
 
 def _is_of_classes(logits: Tensor) -> bool:
@@ -228,11 +231,11 @@ def _mean_of(output: Any, _: Any = None) -> Tensor:
     return torch.stack([leaf.float().mean() for leaf in leaves]).mean()
 
 
-def _terms(loss: LossParts, *, gated: bool) -> list[str]:
+def _terms(loss: LossParts, labels: str, *, gated: bool) -> list[str]:
     """Return the lines of the report on the terms of a loss."""
     parts = loss.as_dict()
     terms = f"{parts['label']:.3g} label + {loss.weight:g} x {parts['feature']:.3g} feature"
-    lines = [f"loss:   {terms} (share {parts['share']:.1%}), on random labels", f"        {effect_of(parts['share'])}"]
+    lines = [f"loss:   {terms} (share {parts['share']:.1%}), {labels}", f"        {effect_of(parts['share'])}"]
     return [*lines, GATED] if gated else lines
 
 

@@ -1,4 +1,4 @@
-"""Watch: warnings during training, each given once."""
+"""StepWarnings: warnings during training, each given once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ EVALUATION = (
 )
 
 
-class Watch:
+class StepWarnings:
     """Looks at the steps of one criterion, and warns of each kind of trouble once."""
 
     def __init__(self) -> None:
