@@ -356,3 +356,10 @@ def test_a_report_on_one_rank_alone_waits_for_no_other_and_changes_no_state(tmp_
 def test_label_smoothing_keeps_no_model_without_classes_from_a_report(make_net, batch, switches):
     model = sfr.SFRWrapper(nn.Sequential(make_net(), nn.Linear(10, 1)))
     assert sfr.SFRLoss(model, **switches).report(batch[0], repeats=1).loss is None
+
+
+def test_the_report_says_whether_its_labels_are_random_or_given(make_net, batch):
+    criterion = sfr.SFRLoss(sfr.SFRWrapper(make_net()))
+    random, given = criterion.report(batch[0], repeats=1), criterion.report(batch[0], target=batch[1], repeats=1)
+    assert "), on random labels\n" in str(random)
+    assert "), on the given target\n" in str(given)

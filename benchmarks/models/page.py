@@ -24,7 +24,8 @@ TRAINING_HEAD = """# Models
 ## A hundred steps
 
 Made by `python -m benchmarks.models --train` (random weights, one batch of eight random images of the smallest size,
-ten classes, AdamW at 1e-3, gradients clipped to norm 1, the default configuration; torch {torch}, one core of {device};
+ten classes, AdamW at 1e-3, gradients clipped to norm 1, the default but for
+`gate="none"`, so that the term counts in full from the first step; torch {torch}, one core of {device};
 commit {commit}, {date}). {tried} of {there} models were trained, the smallest first; of {fitting} that learn the batch
 by heart without sfr, {behind} do not with it. The accuracy is the mean of the last ten steps, in training mode. The
 share is that of the weighted feature term in the loss; once the labels are fitted it says nothing."""
