@@ -160,3 +160,30 @@ def test_a_gradient_that_the_model_stops_where_the_graph_does_not_show_it_is_an_
     with pytest.raises(RuntimeError, match=r"label_loss=nn\.CrossEntropyLoss"):
         gradients(Stopped.apply)
     assert len(gradients(Stopped.apply, label_loss=nn.CrossEntropyLoss())) == 8
+
+
+class Halves(nn.Module):
+    """Its second stage is one output of a node of two, and the classifier takes that one or the other."""
+
+    def __init__(self, taken: int) -> None:
+        super().__init__()
+        self.a, self.b, self.part = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, 1), nn.Identity()
+        self.head, self.taken = nn.Linear(8, 5), taken
+
+    def forward(self, x: Tensor) -> Tensor:
+        b = self.b(self.a(x))
+        first, second = torch.stack([b, b.sin()]).unbind()
+        return self.head((self.part(first), second)[self.taken].mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_an_output_whose_twin_alone_leads_to_the_logits_gets_its_gradient_all_the_same(taken: int) -> None:
+    def of(**arguments: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = sfr.SFRWrapper(Halves(taken), stages=["a", "part"])
+        images, target = torch.randn(4, 3, 32, 32), torch.arange(4)
+        sfr.SFRLoss(model, detach_deep=False, **arguments)(model(images), target).backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    for ours, plain in zip(of(gate="none"), of(label_loss=nn.CrossEntropyLoss()), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)

@@ -40,12 +40,15 @@ def graph_behind(node: Any, ends: Container[Any] = ()) -> Iterator[Any]:
 
 
 def names_behind(logits: Tensor, features: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the features that the logits were computed from, by their places in the autograd graph."""
-    nodes = {feature.grad_fn for feature in features.values()} - {None}
+    """Return the names of the features that get a gradient from that of the logits, as far as the graph shows.
+
+    An autograd node may have several outputs, as ``torch.compile`` makes one of a whole model: the walk has to arrive
+    at the very output that the feature is.
+    """
+    wanted = {(feature.grad_fn, feature.output_nr) for feature in features.values() if feature.grad_fn is not None}
     reached = set()
     for node in graph_behind(logits.grad_fn):
-        if node in nodes:
-            reached.add(node)
-            if len(reached) == len(nodes):
-                break
-    return [name for name, feature in features.items() if feature.grad_fn in reached]
+        reached |= wanted.intersection(node.next_functions)
+        if len(reached) == len(wanted):
+            break
+    return [name for name, feature in features.items() if (feature.grad_fn, feature.output_nr) in reached]
