@@ -236,9 +236,11 @@ def test_training_mode_may_be_set_module_by_module(make_net, batch):
 
 
 def test_torchrun_example_trains_two_processes_with_the_feature_term(examples, environment, tmp_path):
-    script = str(examples / "torchrun_ddp.py")
-    done = subprocess.run([*LAUNCH, script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    command = [*LAUNCH, "--redirects=1", f"--log-dir={tmp_path / 'logs'}", str(examples / "torchrun_ddp.py")]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split("feature=tensor(")[1].split(")")[0]) > 0
+    first, second = (next((tmp_path / "logs").rglob(f"{rank}/stdout.log")).read_text() for rank in (0, 1))
+    assert float(first.split("feature=tensor(")[1].split(")")[0]) > 0
+    assert not second
     weights = torch.load(tmp_path / "model.pt", weights_only=True)
     assert list(weights) == ["0.weight", "0.bias", "2.weight", "2.bias", "6.weight", "6.bias"]

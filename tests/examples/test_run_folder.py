@@ -353,15 +353,16 @@ import sys
 from pathlib import Path
 from accelerate import Accelerator
 from common.run_folder import claimed
-main = Accelerator().is_main_process
+accelerator = Accelerator()
 for run in (1, 2):
     try:
         with claimed(Path(sys.argv[1]), Path("unused"), {}, False) as folder:
-            if main:
+            if accelerator.is_main_process:
                 folder.start()
-            print(f"run {run} begun in {folder.path.name}", flush=True)
+            outcome = f"begun in {folder.path.name}"
     except SystemExit as end:
-        print(f"run {run} refused: {end}", flush=True)
+        outcome = f"refused: {end}"
+    Path(f"{run}-{accelerator.process_index}").write_text(outcome)
 """
 
 
@@ -371,15 +372,13 @@ def test_over_two_processes_one_claims_and_all_go_or_none(tmp_path, importing_ex
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    done = subprocess.run(
-        [*launch, tmp_path / "script.py", tmp_path / "folder"], env=importing_examples, capture_output=True, text=True
-    )
+    command = [*launch, tmp_path / "script.py", tmp_path / "folder"]
+    done = subprocess.run(command, env=importing_examples, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    first, second = ([(tmp_path / f"{run}-{rank}").read_text() for rank in (0, 1)] for run in (1, 2))
+    assert first == ["begun in folder"] * 2
     message = f"{tmp_path}/folder holds a run: pass --resume or another --output-dir"
-    assert sorted(done.stdout.splitlines()) == [
-        *["run 1 begun in folder"] * 2,
-        *sorted([f"run 2 refused: {message}", "run 2 refused: 1"]),  # one says why, the other ends quietly
-    ]
+    assert sorted(second) == sorted([f"refused: {message}", "refused: 1"])  # one says why, the other ends quietly
 
 
 def test_curves_have_a_panel_only_for_what_was_measured():

@@ -245,7 +245,8 @@ def test_two_processes_share_weights_and_measure_what_one_would(tmp_path, import
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert "processes 2, device cpu" in done.stdout
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert (config["processes"], config["device"]) == (2, "cpu")
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert_same_weights(*ranks)
     assert_same_weights(ranks[0], weights(tmp_path / "run"))
