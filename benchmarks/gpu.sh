@@ -5,7 +5,7 @@
 set -euo pipefail
 data=${1:+$(cd "$1" && pwd)}
 cd "$(dirname "$0")/.."
-python -m pytest -p no:cacheprovider tests/test_gpu.py tests/test_fused.py
+python -m pytest -p no:cacheprovider tests/test_gpu.py tests/transport/test_fused.py
 python -m benchmarks.transport --device cuda --batch-size 256
 overhead=(python -m benchmarks.step_cost.overhead --device cuda --precision bf16 --channels-last --repeats 50)
 "${overhead[@]}" --models resnet18 --output benchmarks/results/overhead-cuda-resnet18.json

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 torch.set_num_threads(1)
-collect_ignore = ["report_ranks.py"]  # run by test_report.py
 
 
 @pytest.fixture(autouse=True)
