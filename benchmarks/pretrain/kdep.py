@@ -279,7 +279,7 @@ def step(loss: Tensor, optimizer: Optimizer) -> float:
 
 def load_results() -> dict[str, dict[int, float]]:
     """Return the accuracy of every finished cell, by arm and seed."""
-    found: dict[str, dict[int, float]] = {arm: {} for arm in (*ARMS, "interpolate")}
+    found: dict[str, dict[int, float]] = {arm: {} for arm in ARMS}
     for file in sorted(CELLS.glob("*-seed*.json")):
         record = json.loads(file.read_text())
         found[record["arm"]][record["seed"]] = record["accuracy"]
@@ -321,7 +321,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--data-dir", type=Path, help="folder with the Parquet files of CIFAR-10 and CIFAR-100; the Hub without it")
     add("--work-dir", type=Path, default=ROOT / "runs" / "kdep", help="keeps the teacher and its outputs")
-    add("--arms", nargs="+", choices=[*ARMS, "interpolate"], default=ARMS)
+    add("--arms", nargs="+", choices=ARMS, default=ARMS)
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--report", action="store_true", help="only write the page from the results there are")
     return parser.parse_args()

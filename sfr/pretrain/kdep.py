@@ -13,7 +13,7 @@ from sfr.checks import check_choice, check_number
 from sfr.pretrain.moments import Moments
 from sfr.pretrain.pooled import PooledFeatures
 
-Aligner: TypeAlias = Literal["svd_pts", "svd", "channel_variance", "random", "interpolate", "conv1x1"]
+Aligner: TypeAlias = Literal["svd_pts", "svd", "channel_variance", "random", "conv1x1"]
 
 
 class Alignment(nn.Module):
@@ -158,7 +158,6 @@ class KDEPLoss(nn.Module):
             - "svd": the projection alone;
             - "channel_variance": the channels of largest variance, unchanged;
             - "random": channels drawn once, by `seed`;
-            - "interpolate": linear interpolation along the channel axis (our reading);
             - "conv1x1": none; a learnable 1x1 convolution (on pooled features: a linear layer) widens the student's
               features instead. Its parameters are this module's: give them to the optimizer.
         temperature, power: see :func:`power_temperature_scaling`; for "svd_pts" only.
@@ -214,8 +213,6 @@ class KDEPLoss(nn.Module):
         """
         if self.aligner == "conv1x1":
             return teacher.detach()
-        if self.aligner == "interpolate":
-            return F.interpolate(teacher[:, None], self.alignment.dim, mode="linear")[:, 0]
         if self.aligner in ("channel_variance", "random"):
             return teacher[:, self.channels]
         projected = self.alignment(teacher)
