@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-import sfr
 from benchmarks.accuracy.methods.arm import Task
 from benchmarks.accuracy.methods.self_feature import SelfFeature
-from sfr.config import DEFAULT_ALPHA
 from sfr.labels.class_means import ClassMeans
 from sfr.labels.source import Batch
 
@@ -19,9 +18,9 @@ MEMORY = 0.98  # of the share of a class that is known, by sample
 
 
 class GatedLabels(SelfFeature):
-    """Self-feature regularization with a gate in its label term, the class means with their defaults.
+    """Self-feature regularization with a gate in its label term, the class means with their default momentum.
 
-    Options but `gate` are fields of :class:`sfr.SFRConfig`; of those of the label term `alpha` alone has an effect.
+    Options but `gate` are fields of :class:`sfr.SFRConfig`.
 
     With "class" alpha is multiplied by the share of the class's latest samples, about 50, that were classified
     correctly; with "sample" it is zero for each sample that is not at this moment. With "onehot" alpha stays, but the
@@ -29,78 +28,65 @@ class GatedLabels(SelfFeature):
     """
 
     def __init__(self, task: Task, gate: str = "class", **config: Any) -> None:
-        super().__init__(task, **config)
-        alpha = self.criterion.config.alpha
-        if isinstance(alpha, sfr.Ramp):
-            raise ValueError(f"a gate needs a constant alpha; got {alpha}")
-        alpha = DEFAULT_ALPHA["class_mean"] if alpha is None else alpha
         if gate not in GATES:
             raise ValueError(f"gate must be one of {', '.join(GATES)}; got {gate!r}")
-        self.criterion.labels = GATES[gate](alpha, task.num_classes)
+        super().__init__(task, **{"smoothing": "class_mean"} | config)
+        self.criterion.labels.means = GATES[gate](task.num_classes)
 
 
-class KnownClasses(sfr.DynamicLabelSmoothing):
-    """Smooths a class's labels in proportion to how many of its samples are classified correctly."""
+class MeansOfKnownClasses(nn.Module, ClassMeans):
+    """Class means that share each target with its label, in proportion to how much of the class is known.
+
+    It is a module, so that what it knows is saved with the arm.
+    """
 
     known: Tensor
 
-    def __init__(self, alpha: float, num_classes: int) -> None:
-        super().__init__(alpha=alpha)
-        self.register_buffer("known", torch.zeros(num_classes))
+    def __init__(self, classes: int) -> None:
+        nn.Module.__init__(self)
+        ClassMeans.__init__(self)
+        self.register_buffer("known", torch.zeros(classes))
 
-    def _towards(self, batch: Batch, rows: Tensor, alpha: float) -> Tensor:
-        target = batch.labels
-        loss = gated_cross_entropy(batch, rows, alpha * self.known[target])
-        counts = target.bincount(minlength=len(self.known)).float()
-        correct = target.bincount(is_correct(batch).float(), minlength=len(self.known))
-        self.known = self.known.lerp(correct / counts.clamp_min(1), 1 - MEMORY**counts)
-        return loss
-
-
-class KnownSamples(sfr.DynamicLabelSmoothing):
-    """Smooths the labels of the samples that are classified correctly."""
-
-    def __init__(self, alpha: float, num_classes: int) -> None:
-        super().__init__(alpha=alpha)
-
-    def _towards(self, batch: Batch, rows: Tensor, alpha: float) -> Tensor:
-        return gated_cross_entropy(batch, rows, alpha * is_correct(batch).float())
-
-
-class OneHotOfUnknown(sfr.DynamicLabelSmoothing):
-    """Counts a sample that is not classified correctly in the class means, as its one-hot label."""
-
-    def __init__(self, alpha: float, num_classes: int) -> None:
-        super().__init__(alpha=alpha, num_classes=num_classes)
-        self.means = OneHotMeans(self.momentum)
-        self.expect_classes(num_classes)
-
-
-class OneHotMeans(ClassMeans):
-    """Begins with the one-hot labels, and counts a sample that is not classified correctly as its label."""
-
-    def beginning(self, classes: int, like: Tensor) -> dict[str, Tensor]:
-        return {"distributions": torch.eye(classes).to(like), "counts": like.new_zeros(classes)}
+    def recall(self, batch: Batch) -> Tensor:
+        return onehot(batch).lerp(super().recall(batch), self.known[batch.labels][:, None])
 
     def observe(self, batch: Batch) -> None:
-        onehot = F.one_hot(batch.labels, batch.log_probabilities.shape[1]).to(batch.log_probabilities)
-        counted = torch.where(is_correct(batch)[:, None], batch.log_probabilities, onehot.log())
+        super().observe(batch)
+        counts = batch.labels.bincount(minlength=len(self.known))
+        correct = batch.labels.bincount(is_correct(batch).float(), minlength=len(self.known))
+        self.known = self.known.lerp(correct / counts.clamp_min(1), 1 - MEMORY**counts)
+
+
+class MeansOfKnownSamples(ClassMeans):
+    """Class means for the samples that are classified correctly, and the label itself for all others."""
+
+    def recall(self, batch: Batch) -> Tensor:
+        return torch.where(is_correct(batch)[:, None], super().recall(batch), onehot(batch))
+
+
+class OneHotOfUnknown(ClassMeans):
+    """Class means that begin with the one-hot labels, and count a sample that is not known as its label."""
+
+    def beginning(self, classes: int, like: Tensor) -> dict[str, Tensor]:
+        return super().beginning(classes, like) | {"distributions": torch.eye(classes).to(like)}
+
+    def observe(self, batch: Batch) -> None:
+        counted = torch.where(is_correct(batch)[:, None], batch.log_probabilities, onehot(batch).log())
         super().observe(batch._replace(log_probabilities=counted))
 
 
-GATES: dict[str, type[KnownClasses | KnownSamples | OneHotOfUnknown]] = {
-    "class": KnownClasses,
-    "sample": KnownSamples,
-    "onehot": OneHotOfUnknown,
+GATES: dict[str, Callable[[int], ClassMeans]] = {
+    "class": MeansOfKnownClasses,
+    "sample": lambda _: MeansOfKnownSamples(),
+    "onehot": lambda _: OneHotOfUnknown(),
 }
 
 
 def is_correct(batch: Batch) -> Tensor:
+    """Return which samples are classified correctly at this moment, (N,)."""
     return batch.log_probabilities.argmax(dim=1) == batch.labels
 
 
-def gated_cross_entropy(batch: Batch, rows: Tensor, alpha: Tensor) -> Tensor:
-    """Return the mean cross-entropy, 0-d, against the labels smoothed towards rows (N, K) by alpha (N,)."""
-    onehot = F.one_hot(batch.labels, batch.log_probabilities.shape[1]).to(batch.log_probabilities)
-    smoothed = (1 - alpha[:, None]) * onehot + alpha[:, None] * rows
-    return -(smoothed * batch.log_probabilities).sum(dim=1).mean()
+def onehot(batch: Batch) -> Tensor:
+    """Return the labels as distributions, (N, K)."""
+    return F.one_hot(batch.labels, batch.log_probabilities.shape[1]).to(batch.log_probabilities)
