@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 torch.set_num_threads(1)
+collect_ignore = ["shared"]  # no doctests in what other tests import
 
 
 @pytest.fixture(autouse=True)

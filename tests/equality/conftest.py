@@ -1,7 +1,6 @@
 """The net, the comparison that notes its tolerance, and the runs of several processes."""
 
-import os
-import subprocess
+import functools
 import sys
 from pathlib import Path
 
@@ -10,25 +9,10 @@ import torch
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER))
-collect_ignore = [
-    "ranks.py",
-    "join_ranks.py",
-    "agreeing_ranks.py",
-]  # no doctests, and it would load Accelerate into the process of the tests
 
 from group_norm import group_norm_net  # noqa: E402
-
-JOBS = [
-    "1-plain",
-    "2-plain",
-    "4-plain",
-    "1-accumulated",
-    "2-accumulated",
-    "4-accumulated",
-    "1-bf16",
-    "2-bf16",
-    "2-fsdp2",
-]
+from processes import run_ranks  # noqa: E402
+from ranks import train  # noqa: E402
 
 
 @pytest.fixture
@@ -48,16 +32,15 @@ def assert_equal(record_property):
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """Return a function that gives the results of a job of ranks.py, one for each rank."""
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, str(FOLDER / "ranks.py"), str(folder), *JOBS]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+def trained():
+    """Return a function that gives the results of a job, one for each rank, and runs it when it is first asked for.
 
+    A job is RANKS-KIND, as in ``2-accumulated``; the kinds are those of :func:`ranks.train`.
+    """
+
+    @functools.cache
     def results(job):
-        error = folder / f"{job}.error"
-        if error.exists():
-            raise RuntimeError(error.read_text())
-        return [torch.load(folder / f"{job}.{rank}", weights_only=True) for rank in range(int(job[0]))]
+        ranks, kind = job.split("-")
+        return run_ranks(train, int(ranks), kind, ranks=int(ranks))
 
     return results

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch.multiprocessing import ProcessRaisedException
 
 NO_CPU_STREAM = "PyTorch before 2.7 cannot run FSDP2 on the CPU: https://github.com/pytorch/pytorch/pull/145935"
 
 pytestmark = pytest.mark.xfail(
-    torch.__version__.startswith("2.6."), raises=RuntimeError, strict=True, reason=NO_CPU_STREAM
+    torch.__version__.startswith("2.6."), raises=ProcessRaisedException, strict=True, reason=NO_CPU_STREAM
 )
 
 

@@ -3,8 +3,6 @@
 import io
 import math
 import re
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from processes import run_ranks
 from torch import Tensor
 
 from sfr.config import Ramp
@@ -816,20 +815,17 @@ def test_rows_seen_give_the_statistics_of_all_rows(monkeypatch: Any, update: Any
     assert not torch.equal(runs[0].distributions, torch.full((CLASSES, CLASSES), 1 / CLASSES))
 
 
-def of_one_rank(rank: int, folder: str) -> None:
+def of_one_rank(rank: int) -> list[tuple[Tensor, list[int]]]:
     """Train on an uneven share of the batches, with the rows seen and then with all rows; note what is exchanged."""
     import sfr.labels.class_means
 
-    torch.set_num_threads(1)
-    store, patience = f"file://{folder}/store", timedelta(seconds=60)
-    all_reduce, sizes = dist.all_reduce, []
+    all_reduce, sizes, found = dist.all_reduce, [], []
 
     def noted(values: Tensor) -> None:
         sizes.append(values.numel())
         all_reduce(values)
 
     dist.all_reduce = noted
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
     for limit in (0, 128):
         sfr.labels.class_means.ALL_ROWS_ON_CPU_UP_TO = limit
         criterion = DynamicLabelSmoothing(momentum=0.3)
@@ -837,13 +833,13 @@ def of_one_rank(rank: int, folder: str) -> None:
             logits, target = batch(8, step)
             share = slice(5) if rank == 0 else slice(5, 8)
             criterion(logits[share], target[share])
-        torch.save((criterion.distributions, sizes), f"{folder}/{limit}-{rank}")
+        found.append((criterion.distributions, sizes.copy()))
         sizes.clear()
-    dist.destroy_process_group()
+    dist.all_reduce = all_reduce
+    return found
 
 
-def test_two_ranks_with_uneven_shares_get_the_statistics_of_one_by_few_numbers(tmp_path: Path) -> None:
-    torch.multiprocessing.start_processes(of_one_rank, (str(tmp_path),), nprocs=2, start_method="fork")
+def test_two_ranks_with_uneven_shares_get_the_statistics_of_one_by_few_numbers() -> None:
     criterion = DynamicLabelSmoothing(momentum=0.3)
     of_rows_seen, of_all_rows = [], []
     for step in range(4):
@@ -852,9 +848,8 @@ def test_two_ranks_with_uneven_shares_get_the_statistics_of_one_by_few_numbers(t
         seen = {label for label, _ in correct_samples(logits, target)}
         of_rows_seen += [CLASSES, len(seen) * (CLASSES + 1)]
         of_all_rows += [CLASSES * (CLASSES + 1)]
-    for limit, expected in ((0, of_rows_seen), (128, of_all_rows)):
-        for rank in range(2):
-            distributions, sizes = torch.load(tmp_path / f"{limit}-{rank}", weights_only=True)
+    for found in run_ranks(of_one_rank):
+        for (distributions, sizes), expected in zip(found, (of_rows_seen, of_all_rows), strict=True):
             torch.testing.assert_close(distributions, criterion.distributions)
             assert sizes == expected
 

@@ -2,14 +2,12 @@
 
 import io
 import math
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from processes import run_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, StackDataset, TensorDataset
 
@@ -211,25 +209,20 @@ def test_the_wrapper_s_criterion_takes_numbers_from_a_data_loader() -> None:
         criterion(model(images), labels)
 
 
-def of_one_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store, patience = f"file://{folder}/store", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
+def of_one_rank(rank: int) -> Tensor:
     criterion = build()
     for number in range(4):
         share = slice(3) if rank == 0 else slice(3, 5)
         criterion(*(values[share] for values in step(number)))
-    torch.save(criterion.past.table, f"{folder}/{rank}")
-    dist.destroy_process_group()
+    return criterion.past.table
 
 
-def test_two_ranks_with_uneven_shares_remember_what_one_does(tmp_path: Path) -> None:
-    torch.multiprocessing.start_processes(of_one_rank, (str(tmp_path),), nprocs=2, start_method="fork")
+def test_two_ranks_with_uneven_shares_remember_what_one_does() -> None:
     criterion = build()
     for number in range(4):
         criterion(*step(number))
-    for rank in range(2):
-        assert torch.equal(torch.load(tmp_path / str(rank), weights_only=True), criterion.past.table)
+    for table in run_ranks(of_one_rank):
+        assert torch.equal(table, criterion.past.table)
 
 
 def test_table_takes_two_bytes_for_a_class_of_a_sample() -> None:
@@ -249,20 +242,14 @@ def test_of_a_sample_that_is_twice_in_a_batch_the_last_prediction_is_remembered(
         assert torch.equal(criterion.past.table[number], logits[last].softmax(dim=0).half())
 
 
-def of_one_rank_with_the_same_samples(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store, patience = f"file://{folder}/store", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
+def of_one_rank_with_the_same_samples(rank: int) -> Tensor:
     past = PastPredictions(SAMPLES)
     said = torch.eye(CLASSES)[[rank, 2 + rank]]
     past.remember(torch.tensor([7, 7 + rank]), said)
-    torch.save(past.table, f"{folder}/{rank}")
-    dist.destroy_process_group()
+    return past.table
 
 
-def test_of_a_sample_that_two_ranks_have_the_prediction_of_the_last_rank_is_remembered(tmp_path: Path) -> None:
-    function = of_one_rank_with_the_same_samples
-    torch.multiprocessing.start_processes(function, (str(tmp_path),), nprocs=2, start_method="fork")
-    tables = [torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2)]
+def test_of_a_sample_that_two_ranks_have_the_prediction_of_the_last_rank_is_remembered() -> None:
+    tables = run_ranks(of_one_rank_with_the_same_samples)
     assert torch.equal(tables[0], tables[1])
     assert tables[0][[7, 8]].argmax(dim=1).tolist() == [1, 3]

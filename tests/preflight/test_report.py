@@ -1,11 +1,7 @@
 """The preflight report tells what will be done, and leaves nothing behind."""
 
 import copy
-import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -330,26 +326,6 @@ def test_a_report_changes_nothing_of_a_loss_of_ones_own(make_net, batch):
     criterion.report(batch[0], target=batch[1], repeats=1)
     assert criterion.label_loss.calls == 0
     assert criterion.label_loss.scale.grad is None
-
-
-@pytest.mark.parametrize(
-    "switches",
-    [{"smoothing": "class_mean"}, {"smoothing": "past", "num_samples": 8}],
-    ids=["class means", "past predictions"],
-)
-def test_a_report_on_one_rank_alone_waits_for_no_other_and_changes_no_state(tmp_path, switches):
-    script, states = Path(__file__).with_name("report_ranks.py"), {}
-    for kind in ("report", "plain"):
-        folder = tmp_path / kind
-        folder.mkdir()
-        command = [sys.executable, str(script), str(folder), json.dumps(switches), kind]
-        subprocess.run(command, check=True, timeout=300)
-        states[kind] = [torch.load(folder / f"state-{rank}", weights_only=True) for rank in range(2)]
-    expected = states["plain"][0]
-    assert expected["labels.step"] == 2
-    for state in (*states["report"], *states["plain"]):
-        assert state.keys() == expected.keys()
-        assert all(torch.equal(value, expected[name]) for name, value in state.items())
 
 
 @pytest.mark.parametrize("switches", [{"smoothing": "uniform", "alpha": 0.2}, {"smoothing": "past", "num_samples": 9}])

@@ -1,10 +1,6 @@
 """DoGo against plain loops, finite differences, the authors' convention and one process; its edges and its networks."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -17,7 +13,6 @@ from torchvision import models
 from sfr.pretrain import DoGoLoss, TwoViewNetwork, encoder_of, nt_xent, similarity_kl, simsiam
 from sfr.pretrain.dogo import FIELDS
 
-SCRIPT = Path(__file__).with_name("dogo_ranks.py")
 OBJECTIVES = ["simclr", "simsiam"]
 
 
@@ -152,27 +147,6 @@ def test_equal_networks_have_nothing_to_teach_each_other():
     criterion = DoGoLoss()
     criterion(views, tuple(3 * view for view in views))  # cosines know no length
     assert criterion.last["kl_first"].item() == pytest.approx(0, abs=1e-12)
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What each of two processes got for each objective, first without its peer and then with it."""
-    folder, environment = tmp_path_factory.mktemp("ranks"), os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), str(folder)]
-    started = [subprocess.Popen([*command, str(rank), "2"], env=environment) for rank in (0, 1)]
-    try:
-        assert [process.wait(timeout=120) for process in started] == [0, 0]
-    finally:
-        for process in started:
-            process.kill()
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("what", ["losses", "gradients"])
-def test_each_of_two_ranks_has_what_one_process_has_with_the_global_batch(ranks, objective, what):
-    for alone, together in (rank[objective] for rank in ranks):
-        torch.testing.assert_close(together[what], alone[what], rtol=1e-9, atol=1e-12)
 
 
 def test_nt_xent_of_one_image_is_an_error_and_simsiam_of_one_is_finite():

@@ -1,35 +1,99 @@
 """FSDP2 knows the wrapped model: a ViT, whose root has parameters, trains, validates, saves and loads sharded."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import copy
+import functools
+import warnings
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from processes import run_ranks
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing import ProcessRaisedException
+from torchvision.models import VisionTransformer
 
+import sfr
+
+RANKS, BATCH = 2, 8
 SHARDED = ["wrapped, then sharded", "sharded, then wrapped"]
 NO_CPU_STREAM = "PyTorch before 2.7 cannot run FSDP2 on the CPU: https://github.com/pytorch/pytorch/pull/145935"
 
 pytestmark = pytest.mark.xfail(
-    torch.__version__.startswith("2.6."), raises=RuntimeError, strict=True, reason=NO_CPU_STREAM
+    torch.__version__.startswith("2.6."), raises=ProcessRaisedException, strict=True, reason=NO_CPU_STREAM
 )
+
+
+def transformer() -> VisionTransformer:
+    """Return a ViT, which has parameters of its own at its root."""
+    torch.manual_seed(0)
+    net = VisionTransformer(16, 4, 4, 2, 24, 48, num_classes=10)
+    torch.nn.init.normal_(net.heads.head.weight, std=0.1)
+    return net
+
+
+def sharded(net: torch.nn.Module) -> torch.nn.Module:
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for block in [*net.encoder.layers, net]:
+        fully_shard(block, mesh=mesh)
+    return net
+
+
+def build(kind: str) -> tuple[torch.nn.Module, sfr.SFRLoss]:
+    """Return the model to call and its criterion."""
+    net = transformer()
+    if kind == "one process":
+        model = sfr.SFRWrapper(net)
+    elif kind == "wrapped, then sharded":
+        model = sharded(sfr.SFRWrapper(net))
+    else:
+        model = sfr.SFRWrapper(sharded(net))
+    return model, sfr.SFRLoss(model, feature_weight=0.5)
+
+
+def train(rank: int, kind: str, folder: str) -> dict[str, Any]:
+    """Train three steps, validating after each, save the model, and load it into a fresh one."""
+    warnings.simplefilter("ignore")  # PyTorch's own, of what it shards
+    model, criterion = build(kind)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    images, labels = torch.randn(3, BATCH, 3, 16, 16), torch.arange(BATCH)
+    share = slice(None) if kind == "one process" else slice(rank * BATCH // RANKS, (rank + 1) * BATCH // RANKS)
+    features = []
+    for batch in images:
+        model.train()
+        criterion(model(batch[share]), labels[share]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        features.append(criterion.last.feature)
+        model.eval()
+        with torch.no_grad():
+            validation = F.cross_entropy(model(images[0]), labels)
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    result = {"weights": copy.deepcopy(weights), "features": torch.stack(features), "validation": validation}
+    if kind != "one process":
+        state = get_model_state_dict(model)
+        dcp.save(state, checkpoint_id=f"{folder}/{kind}")
+        fresh, _ = build(kind)
+        empty = get_model_state_dict(fresh)
+        dcp.load(empty, checkpoint_id=f"{folder}/{kind}")
+        set_model_state_dict(fresh, empty)
+        with torch.no_grad():
+            result["loaded"] = F.cross_entropy(fresh.eval()(images[0]), labels)
+        result["names"] = list(model.state_dict())  # with the hooks that PyTorch registers on the very model
+        result["kind"] = [type(sfr.unwrap(criterion.model)).__name__, isinstance(criterion.model, sfr.SFRWrapper)]
+        with torch.no_grad():
+            result["unwrapped"] = F.cross_entropy(model(images[0]), labels)
+    return result
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sharded")
-    script = Path(__file__).with_name("shard_ranks.py")
-    command = [sys.executable, str(script), str(folder), "one process", *SHARDED]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
-
-    def results(kind):
-        error = folder / f"{kind}.error"
-        if error.exists():
-            raise RuntimeError(error.read_text())
-        return [torch.load(folder / f"{kind}.{rank}", weights_only=True) for rank in range(1 + (kind in SHARDED))]
-
-    return results
+    """Return a function that gives what the ranks of a kind have found, and trains them when first asked for."""
+    folder = str(tmp_path_factory.mktemp("sharded"))
+    return functools.cache(lambda kind: run_ranks(train, kind, folder, ranks=RANKS if kind in SHARDED else 1))
 
 
 @pytest.mark.parametrize("kind", SHARDED)

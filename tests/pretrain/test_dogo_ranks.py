@@ -1,18 +1,16 @@
-"""Losses and gradients of a pair of networks on one rank's share of a batch, and without the ranks on all of it.
+"""Losses and gradients of a pair of networks on one rank's share of a batch, and without the ranks on all of it."""
 
-Started by test_dogo.py: ``python dogo_ranks.py FOLDER RANK RANKS``.
-"""
-
-import sys
-from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-import torch.distributed as dist
+from processes import run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sfr.pretrain import DoGoLoss
+
+OBJECTIVES = ["simclr", "simsiam"]
 
 
 class Heads(nn.Module):
@@ -40,17 +38,22 @@ def step(objective: str, share: slice, distributed: bool) -> dict[str, Any]:
     return {"losses": torch.stack(losses).detach(), "gradients": gradients}
 
 
-def main(folder: Path, rank: int, ranks: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+def of_one_rank(rank: int, ranks: int) -> dict[str, Any]:
     share = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
-    results = {
+    return {
         objective: (step(objective, slice(None), distributed=False), step(objective, share, distributed=True))
-        for objective in ("simclr", "simsiam")
+        for objective in OBJECTIVES
     }
-    torch.save(results, folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+@pytest.fixture(scope="module")
+def ranks() -> list[Any]:
+    """What each of two ranks got for each objective, first without its peer and then with it."""
+    return run_ranks(of_one_rank, 2)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("what", ["losses", "gradients"])
+def test_each_of_two_ranks_has_what_one_process_has_with_the_global_batch(ranks, objective, what):
+    for alone, together in (rank[objective] for rank in ranks):
+        torch.testing.assert_close(together[what], alone[what], rtol=1e-9, atol=1e-12)

@@ -1,1 +1,0 @@
-collect_ignore = ["report_ranks.py"]  # run by test_report.py

@@ -1,1 +1,0 @@
-collect_ignore = ["shard_ranks.py"]  # no doctests in a script of several processes
