@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sfr.arguments import INDEX_BY_NAME, MEAN, called, check_label_loss, configuration, width_of
 from sfr.compiling import eager
 from sfr.config import IGNORE_INDEX, SFRConfig, Switches
-from sfr.feature.term import Pair, Term, feature_terms, matched_pairs
+from sfr.feature.term import NONE, Pair, Terms, feature_terms, matched_pairs
 from sfr.labels.cross_entropy import cross_entropy
 from sfr.labels.fitted import fitted
 from sfr.labels.smoothing import DynamicLabelSmoothing
@@ -172,30 +172,28 @@ class SFRLoss(TensorState):
             self.warnings.warn(EVALUATION)
             return self._plain(output, target)
         logits = the_logits(output) if self.label_loss is None else part_with_graph(output)
-        terms: dict[str, Term] | None = recorder.result_again(logits, self)  # as for the two labels of MixUp
+        terms: Terms | None = recorder.result_again(logits, self)  # as for the two labels of MixUp
         again = terms is not None
         features = {} if again else record.take_features(logits)
         self._label_step = self.labels.step = self._label_step if again else self.labels.step
         label = self.labels(logits, target, index) if self.label_loss is None else self._plain(output, target)
         self.step += not again
         weight = self.current_weight()
-        if terms is None:  # of an empty batch there are no features to match
-            terms = self._checked_terms(features, logits) if weight and logits.numel() else {}
+        if not again and weight and logits.numel():  # of an empty batch there are no features to match
+            terms = self._checked_terms(features, logits)
         if logits.ndim:  # a loss in the place of logits comes once
-            recorder.keep_result(logits, self, terms)
+            recorder.keep_result(logits, self, terms or NONE)
         if not terms:  # or the forward skipped the stages
-            self._last = LossParts.without_feature(label, weight)
+            self._last = LossParts(label.detach().clone(), weight)  # loops that accumulate divide the loss in place
             return label
         weights = self._fitted(logits, target)
-        values = {name: term.mean(weights) for name, term in terms.items()}
-        feature = torch.stack(list(values.values())).mean().to(label.device)
-        if not feature.requires_grad:
+        if not terms.by_image.requires_grad:
             self.warnings.warn(FROZEN)
-        pairs = {name: value.detach() for name, value in values.items()}
-        distances = {name: term.distance for name, term in terms.items()}
-        self._last = LossParts(label.detach(), feature.detach(), weight, pairs, distances)
+        self._last = LossParts(label.detach(), weight, terms.detached(), weights)
         self.warnings.see_parts(self._last, self.step, self.config.feature_weight)
-        return label + weight * feature
+        values = terms.weighted(weights)
+        # The mean with its weight in one operation, and one back.
+        return torch.add(label, values.sum().to(label.device), alpha=weight / values.numel())
 
     def _plain(self, output: Any, target: Any) -> Tensor:
         """Return the loss without the method: cross-entropy, or what was given for it."""
@@ -210,7 +208,7 @@ class SFRLoss(TensorState):
             return None
         return fitted(logits, target, self.config.ignore_index)
 
-    def _checked_terms(self, features: Mapping[str, Tensor], logits: Tensor) -> dict[str, Term]:
+    def _checked_terms(self, features: Mapping[str, Tensor], logits: Tensor) -> Terms:
         """Return :meth:`terms_of`, once all stages are known to be of the batch of the logits."""
         self.maps.check(features, len(logits) if self.label_loss is None else None)
         maps, joining = self.maps.of(features), []
@@ -222,11 +220,11 @@ class SFRLoss(TensorState):
         self.warnings.see_terms(terms, self.step)
         return terms
 
-    def terms_of(self, features: Mapping[str, Tensor]) -> dict[str, Term]:
+    def terms_of(self, features: Mapping[str, Tensor]) -> Terms:
         """Return the feature term of every pair, of features as ``model.sfr.take_features`` gives them."""
         return self._terms(self.maps.of(features))
 
-    def _terms(self, maps: Mapping[str, Tensor], joining: Collection[str] = ()) -> dict[str, Term]:
+    def _terms(self, maps: Mapping[str, Tensor], joining: Collection[str] = ()) -> Terms:
         return feature_terms(maps, order=self.maps.order(maps), joining=joining, **self.config.of_terms())
 
     def pairs_of(self, features: Mapping[str, Tensor]) -> Iterator[Pair]:

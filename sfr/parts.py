@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from sfr.feature.term import Terms
 
 
 @dataclass(frozen=True)
@@ -14,25 +17,40 @@ class LossParts:
 
     Args:
         label: the label term, 0-d.
-        feature: the feature term before weighting, 0-d; zero where the weight is zero.
         weight: λ of this step.
-        pairs: the feature term of each pair, by "shallow <- deep".
-        distances: how far apart the two sides of each pair are under its plan: their feature term; with the cost
-            "sqeuclidean", the term over the sum of the mean squares of both sides.
+        terms: the feature terms of the pairs; None if there are none, as where the weight is zero.
+        weights: by how much the term of each image counts, (B,); None for 1.
     """
 
     label: Tensor
-    feature: Tensor
     weight: float
-    pairs: dict[str, Tensor] = field(default_factory=dict)
-    distances: dict[str, Tensor] = field(default_factory=dict)
+    terms: Terms | None = field(default=None, repr=False)
+    weights: Tensor | None = field(default=None, repr=False)
 
-    @classmethod
-    def without_feature(cls, label: Tensor, weight: float) -> LossParts:
-        """Return the parts of a loss that has no feature term."""
-        # A copy, because loops that accumulate gradients divide the loss in place.
-        label = label.detach().clone()
-        return cls(label, torch.zeros_like(label), weight)
+    # What follows is worked out when it is asked for, so that a step that logs nothing pays nothing.
+
+    @cached_property
+    def feature(self) -> Tensor:
+        """The feature term before weighting, 0-d: the mean over pairs and images; zero if there are no features."""
+        if self.terms is None:
+            return torch.zeros_like(self.label)
+        return self.terms.weighted(self.weights).mean().to(self.label.device)
+
+    @property
+    def pairs(self) -> dict[str, Tensor]:
+        """The feature term of each pair, by "shallow <- deep"."""
+        if self.terms is None:
+            return {}
+        return dict(zip(self.terms, self.terms.weighted(self.weights).mean(dim=1), strict=True))
+
+    @property
+    def distances(self) -> dict[str, Tensor]:
+        """How far apart the two sides of each pair are under its plan.
+
+        It is their feature term before the weights of the images; with the cost "sqeuclidean", the term over the sum of
+        the mean squares of both sides.
+        """
+        return {} if self.terms is None else dict(zip(self.terms, self.terms.distances, strict=True))
 
     @property
     def similarity(self) -> dict[str, Tensor]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sfr.feature.term import Term
+from sfr.feature.term import Terms
 from sfr.parts import LossParts
 from sfr.warn import warn_user
 
@@ -43,7 +41,7 @@ class StepWarnings:
 
     def __init__(self) -> None:
         self._warned: set[str] = set()
-        self._nonfinite: Tensor | None = None
+        self._finite: list[Tensor] = []  # of the steps not looked at yet
         self._large_since: int | None = None
         self._largest_label = 0.0
 
@@ -53,17 +51,16 @@ class StepWarnings:
             self._warned.add(message)
             warn_user(message.format(*values))
 
-    def see_terms(self, terms: Mapping[str, Term], step: int) -> None:
-        """Warn if an image's features are not finite; read seldom where that makes the host wait."""
+    def see_terms(self, terms: Terms, step: int) -> None:
+        """Warn if an image's features are not finite; looked at seldom where that makes the host wait."""
         if NONFINITE in self._warned or not terms:
             return
-        found = ~torch.stack([term.finite.all() for term in terms.values()]).all()
-        self._nonfinite = found if self._nonfinite is None else self._nonfinite | found
-        if found.device.type != "cpu" and step % CHECK_EVERY:
+        self._finite.append(terms.finite)
+        if terms.finite.device.type != "cpu" and step % CHECK_EVERY:
             return
-        if self._nonfinite:
+        if not all(finite.all() for finite in self._finite):
             self.warn(NONFINITE, step)
-        self._nonfinite = None
+        self._finite.clear()
 
     def see_parts(self, parts: LossParts, step: int, stated: object) -> None:
         """Warn if the feature term, of the weight as it is `stated`, has been a large share of the loss for long."""
@@ -80,4 +77,4 @@ class StepWarnings:
             self.warn(LARGE, LARGE_STEPS, stated)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_nonfinite": None}
+        return self.__dict__ | {"_finite": []}

@@ -28,7 +28,7 @@ def attempt(name: str, group: str) -> Record:
     features = model.sfr.take_features(logits)
     views = {stage: criterion.maps.view_of(stage, feature) for stage, feature in features.items()}
     # Each alone, to see where it sends a gradient.
-    terms = {pair: term.mean() for pair, term in criterion.terms_of(features).items()}
+    terms = {pair: term.value for pair, term in criterion.terms_of(features).items()}
     result = {
         "input": list(inputs.shape[1:]),
         "parameters": sum(parameter.numel() for parameter in plain.parameters()),

@@ -58,6 +58,8 @@ def match_channels(shallow: Tensor, deep: Tensor, grouping: Grouping) -> tuple[T
         return shallow[:, :, :width], deep[:, :, :width]
     if width < shallow.shape[2]:
         shallow = channel_segments(shallow, width).mean(dim=1)
+    if deep.shape[2] == width:
+        return shallow, deep
     segments = channel_segments(deep, width)
     if grouping == "mean":
         return shallow, segments.mean(dim=1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,12 +68,31 @@ def emd_l2(
             "shallow and deep must be nodes of shape (B, N, C) and (B, M, C) with equal B and C; "
             f"got {tuple(shallow.shape)} and {tuple(deep.shape)}"
         )
-    with torch.autocast(shallow.device.type, enabled=False):
-        shallow, deep, a, b = _comparable(shallow, deep, cost, marginals)
-        value = _SquaredTransport.apply(shallow, deep, a, b, solver)
-        if cost != "sqeuclidean":
-            value = value * (shallow.shape[2] / 2)  # half the squared distance of unit vectors is 1 - cos
+    [value] = emd_l2_of_pairs([(shallow, deep)], cost=cost, marginals=marginals, solver=solver)
     return value.mean() if reduction == "mean" else value
+
+
+def emd_l2_of_pairs(
+    pairs: Sequence[tuple[Tensor, Tensor]], *, cost: Cost, marginals: Marginals, solver: Solver
+) -> list[Tensor]:
+    """Return :func:`emd_l2` of several pairs of nodes, each (B,), with one call of the solver for all of one size.
+
+    The nodes of a tensor that is in several pairs are brought to their directions once.
+    """
+    if not pairs:
+        return []
+    with torch.autocast(pairs[0][0].device.type, enabled=False):
+        sides = _comparable(pairs, cost, marginals)
+        costs = [_squared_cost(side.shallow.detach(), side.deep.detach()) for side in sides]
+        plans = _solve_together(costs, sides, solver)
+        values: list[Tensor] = [
+            _PlannedDistance.apply(side.shallow, side.deep, each, plan, side.a is None)
+            for side, each, plan in zip(sides, costs, plans, strict=True)
+        ]
+        if cost == "sqeuclidean":
+            return values
+        # Half the squared distance of unit vectors is 1 - cos.
+        return [value * (side.shallow.shape[2] / 2) for side, value in zip(sides, values, strict=True)]
 
 
 @torch.no_grad()
@@ -101,20 +121,58 @@ def transport_plan(
         tensor([[1, 2, 0]])
     """
     with torch.autocast(shallow.device.type, enabled=False):
-        shallow, deep, a, b = _comparable(shallow, deep, cost, marginals)
-        return solve(_squared_cost(shallow, deep), a, b, solver)
+        [side] = _comparable([(shallow, deep)], cost, marginals)
+        return solve(_squared_cost(side.shallow, side.deep), side.a, side.b, solver)
 
 
-def _comparable(
-    shallow: Tensor, deep: Tensor, cost: Cost, marginals: Marginals
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return both sides such that their squared distance is the ground cost, up to its unit, and the two marginals."""
-    dtype = torch.promote_types(torch.promote_types(shallow.dtype, deep.dtype), torch.float32)
-    shallow, deep = shallow.to(dtype), deep.to(dtype)
-    a, b = cross_reference(shallow, deep, scaled=cost != "sqeuclidean") if marginals == "cross" else (None, None)
-    if cost != "sqeuclidean":
-        shallow, deep = (directions(side, centred=cost == "correlation") for side in (shallow, deep))
-    return shallow, deep, a, b
+class _Sides(NamedTuple):
+    """Nodes (B, N, C) and (B, M, C) whose squared distance is the ground cost, up to its unit, and their masses."""
+
+    shallow: Tensor
+    deep: Tensor
+    a: Tensor | None
+    b: Tensor | None
+
+
+def _comparable(pairs: Sequence[tuple[Tensor, Tensor]], cost: Cost, marginals: Marginals) -> list[_Sides]:
+    found: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def brought(nodes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return nodes as the cost takes them, by which tensor they are: it lives as long as the pairs do."""
+        if (id(nodes), dtype) not in found:
+            own = nodes.to(dtype)
+            own = own if cost == "sqeuclidean" else directions(own, centred=cost == "correlation")
+            found[id(nodes), dtype] = own
+        return found[id(nodes), dtype]
+
+    sides = []
+    for shallow, deep in pairs:
+        dtype = torch.promote_types(torch.promote_types(shallow.dtype, deep.dtype), torch.float32)
+        a, b = None, None
+        if marginals == "cross":
+            a, b = cross_reference(shallow.to(dtype), deep.to(dtype), scaled=cost != "sqeuclidean")
+        sides.append(_Sides(brought(shallow, dtype), brought(deep, dtype), a, b))
+    return sides
+
+
+@torch.no_grad()
+def _solve_together(costs: Sequence[Tensor], sides: Sequence[_Sides], solver: Solver) -> list[Tensor]:
+    """Return the plans of batches of costs; those of one size are solved as one batch."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, cost in enumerate(costs):
+        groups.setdefault((cost.shape[1:], cost.dtype), []).append(i)
+    plans: dict[int, Tensor] = {}
+    for group in groups.values():
+        cost = _joined([costs[i] for i in group])
+        a, b = (_joined([sides[i][side] for i in group]) for side in (2, 3))
+        solved = solve(cost, a, b, solver).split([len(costs[i]) for i in group])
+        plans |= zip(group, solved, strict=True)
+    return [plans[i] for i in range(len(costs))]
+
+
+def _joined(batches: list[Any]) -> Any:
+    """Return the batches as one; None for masses that are all uniform."""
+    return batches[0] if len(batches) == 1 or batches[0] is None else torch.cat(batches)
 
 
 @torch.no_grad()
@@ -129,22 +187,21 @@ def root_mean_square(nodes: Tensor) -> Tensor:
     return (mean_square.sqrt() * largest).clamp_min(tiny)
 
 
+@torch.no_grad()
 def relative_distance(values: Tensor, shallow: Tensor, deep: Tensor) -> Tensor:
     """Return the mean over problems of squared distances (B,) over the sum of the mean squares of the nodes, 0-d."""
     scale = torch.hypot(root_mean_square(shallow), root_mean_square(deep)).flatten()
     return (values.sqrt() / scale).square().mean()
 
 
-class _SquaredTransport(torch.autograd.Function):
-    """Transport cost of the squared distance whose backward keeps the nodes and the plan, and no cost matrix."""
+class _PlannedDistance(torch.autograd.Function):
+    """Squared distance under a plan, whose backward keeps the nodes and the plan, and no cost matrix."""
 
     @staticmethod
-    def forward(ctx: Any, shallow: Tensor, deep: Tensor, a: Tensor | None, b: Tensor | None, solver: Solver) -> Tensor:
-        cost = _squared_cost(shallow, deep)
-        plan = solve(cost, a, b, solver)
+    def forward(ctx: Any, shallow: Tensor, deep: Tensor, cost: Tensor, plan: Tensor, uniform: bool) -> Tensor:
         ctx.save_for_backward(shallow, deep, plan)
-        ctx.uniform = a is None and b is None
-        return cost.mul_(plan).sum(dim=(1, 2))
+        ctx.uniform = uniform
+        return (cost * plan).sum(dim=(1, 2))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

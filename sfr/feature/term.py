@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from sfr.config import Cost, Grouping, Marginals, Pairs, Solver
 from sfr.feature.channels import match_channels
-from sfr.feature.emd import emd_l2, relative_distance
+from sfr.feature.emd import emd_l2_of_pairs, relative_distance
 from sfr.feature.nodes import Grid, common_grids, to_nodes
 from sfr.feature.pairs import resolve_pairs
 
@@ -54,21 +54,61 @@ class Term(NamedTuple):
     @property
     def value(self) -> Tensor:
         """The mean over the images, 0-d."""
-        return self.mean()
+        return self.values.mean()
 
-    def mean(self, weights: Tensor | None = None) -> Tensor:
-        """Return the mean over the images, each with its weight (B,), as they stand and not as shares, 0-d.
+
+class Terms(Mapping[str, Term]):
+    """The feature terms of all pairs, by "shallow <- deep".
+
+    Args:
+        names: names of the P pairs.
+        by_image: the term of each pair and image, (P, B).
+        finite: which images have finite features in both stages of a pair, (P, B).
+        distances: distance of each pair, (P,), if it is not the mean over the images.
+    """
+
+    def __init__(self, names: Sequence[str], by_image: Tensor, finite: Tensor, distances: Tensor | None = None) -> None:
+        self.names, self.by_image, self.finite, self._distances = tuple(names), by_image, finite, distances
+
+    def __getitem__(self, name: str) -> Term:
+        pair = self.names.index(name) if name in self.names else _missing(name)
+        return Term(self.by_image[pair], self.distances[pair], self.finite[pair])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def distances(self) -> Tensor:
+        """How far apart the two sides of each pair are, (P,), without gradient."""
+        return self.by_image.detach().mean(dim=1) if self._distances is None else self._distances
+
+    def weighted(self, weights: Tensor | None) -> Tensor:
+        """Return the terms of the images, each image's times its weight (B,), as they stand and not as shares, (P, B).
 
         Where the features are of parts of the images, or of several in one, the weights are repeated, or averaged.
         """
         if weights is None:
-            return self.values.mean()
-        images = len(self.values)
+            return self.by_image
+        images = self.by_image.shape[1]
         if len(weights) < images:
             weights = weights.repeat_interleave(images // len(weights))
         elif len(weights) > images:
             weights = weights.view(images, -1).mean(dim=1)
-        return (self.values * weights.to(self.values)).mean()
+        return self.by_image * weights.to(self.by_image)
+
+    def detached(self) -> Terms:
+        """Return the terms without their autograd graph."""
+        return Terms(self.names, self.by_image.detach(), self.finite, self._distances)
+
+
+NONE = Terms([], torch.empty(0, 0), torch.empty(0, 0, dtype=torch.bool))
+
+
+def _missing(name: str) -> NoReturn:
+    raise KeyError(name)
 
 
 def feature_terms(
@@ -83,7 +123,7 @@ def feature_terms(
     cost: Cost = "cosine",
     marginals: Marginals = "uniform",
     solver: Solver = "auto",
-) -> dict[str, Term]:
+) -> Terms:
     r"""Return the feature term of every pair of stages, by "shallow <- deep".
 
     Both maps of a pair are pooled to a common grid, whose cells are the nodes; the deep channels are brought to the
@@ -102,19 +142,22 @@ def feature_terms(
         >>> list(feature_terms(maps))
         ['layer1 <- layer2']
     """
-    terms = {}
-    matched = matched_pairs(
+    matched = list(matched_pairs(
         maps, order=order, joining=joining, pairs=pairs, max_grid=max_grid, grouping=grouping, detach_deep=detach_deep,
         cost=cost,
-    )  # fmt: skip
-    for pair in matched:
-        values = emd_l2(*pair.nodes, cost=cost, marginals=marginals, solver=solver, reduction="none")
-        of_images = values.reshape(len(pair.finite), -1).mean(dim=1) * pair.finite
-        distance = of_images.detach().mean()
-        if cost == "sqeuclidean":
-            distance = relative_distance(values.detach(), *(nodes.detach() for nodes in pair.nodes))
-        terms[pair.name] = Term(of_images, distance, pair.finite)
-    return terms
+    ))  # fmt: skip
+    if not matched:
+        return NONE
+    found = emd_l2_of_pairs([pair.nodes for pair in matched], cost=cost, marginals=marginals, solver=solver)
+    finite = torch.stack([pair.finite for pair in matched])
+    # An image has one problem, or one for each segment of the channels.
+    values = torch.stack([each.reshape(finite.shape[1], -1).mean(dim=1) for each in found])
+    distances = None
+    if cost == "sqeuclidean":
+        distances = torch.stack(
+            [relative_distance(each.detach(), *pair.nodes) for each, pair in zip(found, matched, strict=True)]
+        )
+    return Terms([pair.name for pair in matched], values * finite, finite, distances)
 
 
 def matched_pairs(
@@ -131,20 +174,22 @@ def matched_pairs(
     """Yield both sides of each pair, ready for the transport; for the arguments see :func:`feature_terms`."""
     names = list(maps) if order is None else order
     device = next((maps[name].device for name in reversed(list(maps))), None)  # of a model spread over several
-    pooled: dict[tuple[str, Grid], tuple[Tensor, Tensor]] = {}
+    pooled: dict[tuple[str, Grid], tuple[Tensor, Tensor, Tensor]] = {}
 
-    def nodes_of(name: str, grid: Grid) -> tuple[Tensor, Tensor]:
+    def nodes_of(name: str, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the nodes of a stage, as a shallow and as a deep side, and which of its images are finite."""
         if (name, grid) not in pooled:
-            pooled[name, grid] = _finite(to_nodes(maps[name], grid, joining=name in joining).to(device), cost)
+            nodes, finite = _finite(to_nodes(maps[name], grid, joining=name in joining).to(device), cost)
+            pooled[name, grid] = nodes, nodes.detach() if detach_deep else nodes, finite
         return pooled[name, grid]
 
     for i, j in resolve_pairs(pairs, names):
         if names[i] not in maps or names[j] not in maps:
             continue
         grids = common_grids(tuple(maps[names[i]].shape[2:]), tuple(maps[names[j]].shape[2:]), max_grid)
-        shallow, shallow_finite = nodes_of(names[i], grids[0])
-        deep, deep_finite = nodes_of(names[j], grids[1])
-        matched = match_channels(shallow, deep.detach() if detach_deep else deep, grouping)
+        shallow, _, shallow_finite = nodes_of(names[i], grids[0])
+        _, deep, deep_finite = nodes_of(names[j], grids[1])
+        matched = match_channels(shallow, deep, grouping)
         yield Pair(names[i], names[j], matched, shallow_finite & deep_finite)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sfr
-from sfr.feature.term import Term
+from sfr.feature.term import Terms
 from sfr.labels.fitted import fitted
 
 IGNORED = -100
@@ -129,9 +129,9 @@ def test_beside_a_loss_of_ones_own_and_with_none_the_term_counts_in_full() -> No
 def test_images_in_parts_or_several_in_one_share_their_weights(weights: int, expected: list[float]) -> None:
     values = torch.tensor([1.0, 2.0, 3.0, 4.0])
     given = torch.tensor([0.5, 1.0]) if weights == 2 else torch.tensor([1, 0.5, 0.5, 0, 1, 1, 0, 0])
-    term = Term(values, torch.tensor(0.0), torch.ones(4, dtype=torch.bool))
-    torch.testing.assert_close(term.mean(given), (values * torch.tensor(expected)).mean())
-    torch.testing.assert_close(term.mean(), torch.tensor(2.5))
+    terms = Terms(["pair"], values[None], torch.ones(1, 4, dtype=torch.bool))
+    torch.testing.assert_close(terms.weighted(given), (values * torch.tensor(expected))[None])
+    assert torch.equal(terms.weighted(None), values[None])
 
 
 def segmenter() -> nn.Module:
