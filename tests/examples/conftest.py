@@ -52,3 +52,11 @@ def importing_examples(environment: dict[str, str]) -> dict[str, str]:
 @pytest.fixture
 def examples() -> Path:
     return EXAMPLES
+
+
+@pytest.fixture(autouse=True)
+def _empty_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes as long as a small run; runs that modules share are begun before this and draw theirs."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr("common.run_folder.curves", lambda history: Figure((1, 1)))

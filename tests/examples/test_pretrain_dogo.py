@@ -33,7 +33,7 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-def test_run_announces_itself_and_writes_every_artefact(tmp_path, capsys):
+def test_run_announces_itself_and_writes_every_artefact(tmp_path, capsys, undisturbed):
     pretrain(tmp_path)
     printed = capsys.readouterr()
     assert "digits: 40 training images, 0 held out, 40 test images" in printed.out
@@ -46,7 +46,7 @@ def test_run_announces_itself_and_writes_every_artefact(tmp_path, capsys):
     assert {"first_linear_accuracy", "second_linear_accuracy"} <= json.loads(
         (tmp_path / "summary.json").read_text()
     ).keys()
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (undisturbed / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_written_weights_load_into_networks_of_the_same_kind(undisturbed):

@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import socket
-import subprocess
-import sys
 
 import accelerate
 import pytest
 import torch
 import torchvision
+from processes import run_ranks
 from torch import nn
 from written_runs import Killed, assert_same_weights, kill_at_call, metrics, weights
 
@@ -185,20 +183,11 @@ def test_initial_weights_of_another_model_are_refused_with_the_file(tmp_path):
         load_backbone(build_model("resnet8", 10), str(tmp_path / "other.pt"))
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+def in_one_of_two_processes(rank, folder):
+    run(folder, "--epochs", "1")
 
 
-def test_two_processes_fit_the_same_alignment_and_go_through_all_stages(tmp_path, environment):
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    subprocess.run(
-        [sys.executable, *launch, pretrain_kdep.__file__, *small(tmp_path, "--epochs", "1")],
-        env=environment,
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
+def test_two_processes_fit_the_same_alignment_and_go_through_all_stages(tmp_path):
+    run_ranks(in_one_of_two_processes, tmp_path, environment={"ACCELERATE_USE_CPU": "true"})
     assert json.loads((tmp_path / "pretrain" / "config.json").read_text())["processes"] == 2
     assert "test_accuracy" in json.loads((tmp_path / "finetune" / "summary.json").read_text())

@@ -5,7 +5,6 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
+from processes import run_ranks
 from torch import nn
 from written_runs import metrics
 
@@ -348,35 +348,24 @@ def test_a_run_that_ends_later_can_only_be_resumed(tmp_path, error):
         assert resumed.epochs_done == 0
 
 
-TWO_RANKS = """
-import sys
-from pathlib import Path
-from accelerate import Accelerator
-from common.run_folder import claimed
-accelerator = Accelerator()
-for run in (1, 2):
-    try:
-        with claimed(Path(sys.argv[1]), Path("unused"), {}, False) as folder:
-            if accelerator.is_main_process:
-                folder.start()
-            outcome = f"begun in {folder.path.name}"
-    except SystemExit as end:
-        outcome = f"refused: {end}"
-    Path(f"{run}-{accelerator.process_index}").write_text(outcome)
-"""
+def claims_twice(rank, folder):
+    """Return how a run began, and how the next one into its folder did."""
+    outcomes, main = [], accelerate.Accelerator().is_main_process
+    for _ in range(2):
+        try:
+            with claim(folder) as run:
+                if main:
+                    run.start()
+                outcomes.append(f"begun in {run.path.name}")
+        except SystemExit as end:
+            outcomes.append(f"refused: {end}")
+    return outcomes
 
 
-def test_over_two_processes_one_claims_and_all_go_or_none(tmp_path, importing_examples):
-    (tmp_path / "script.py").write_text(TWO_RANKS)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    command = [*launch, tmp_path / "script.py", tmp_path / "folder"]
-    done = subprocess.run(command, env=importing_examples, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    first, second = ([(tmp_path / f"{run}-{rank}").read_text() for rank in (0, 1)] for run in (1, 2))
-    assert first == ["begun in folder"] * 2
+def test_over_two_processes_one_claims_and_all_go_or_none(tmp_path):
+    ranks = run_ranks(claims_twice, tmp_path / "folder", environment={"ACCELERATE_USE_CPU": "true"})
+    first, second = zip(*ranks, strict=True)
+    assert first == ("begun in folder",) * 2
     message = f"{tmp_path}/folder holds a run: pass --resume or another --output-dir"
     assert sorted(second) == sorted([f"refused: {message}", "refused: 1"])  # one says why, the other ends quietly
 

@@ -24,11 +24,19 @@ import torch.multiprocessing
 PATIENCE = timedelta(seconds=60)  # with a rank that others wait for
 
 
-def run_ranks(function: Callable[..., Any], *arguments: Any, ranks: int = 2) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], *arguments: Any, ranks: int = 2, environment: dict[str, str] | None = None
+) -> list[Any]:
     """Call ``function(rank, *arguments)`` in each rank of a group over gloo, and return what each call returned.
 
-    A single rank has no group. The function is one of a module's own, and what it returns is what ``torch.load``
-    takes with ``weights_only=True``.
+    Args:
+        function: a module's own; each rank loads that module anew.
+        arguments: what can be pickled.
+        ranks: a single one has no group.
+        environment: variables that are set before the module is loaded.
+
+    Returns:
+        Results in the order of the ranks; they must be what ``torch.load`` takes with ``weights_only=True``.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: the error of the first rank that has one.
@@ -37,7 +45,7 @@ def run_ranks(function: Callable[..., Any], *arguments: Any, ranks: int = 2) -> 
     start_server()
     file = sys.modules[function.__module__].__file__
     with tempfile.TemporaryDirectory() as folder:
-        of_one_rank = (ranks, folder, file, function.__name__, arguments)
+        of_one_rank = (ranks, folder, environment or {}, file, function.__name__, arguments)
         torch.multiprocessing.start_processes(in_rank, of_one_rank, nprocs=ranks, start_method="forkserver")
         return [torch.load(f"{folder}/{rank}", weights_only=True) for rank in range(ranks)]
 
@@ -50,7 +58,16 @@ def start_server() -> None:
         forkserver.ensure_running()
 
 
-def in_rank(rank: int, ranks: int, folder: str, file: str, name: str, arguments: tuple[Any, ...]) -> None:
+def in_rank(
+    rank: int,
+    ranks: int,
+    folder: str,
+    environment: dict[str, str],
+    file: str,
+    name: str,
+    arguments: tuple[Any, ...],
+) -> None:
+    os.environ |= environment
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if ranks > 1:

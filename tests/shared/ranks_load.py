@@ -1,6 +1,8 @@
-"""What the server of processes.py loads once, for all the ranks that are forked from it."""
+"""What the server of processes.py loads once, for all the ranks that are forked from it.
 
-import accelerate  # noqa: F401
+Nothing that reads the environment of the Hub when it is imported, such as Accelerate: a rank may have one of its own.
+"""
+
 import hypothesis  # noqa: F401
 import pytest  # noqa: F401
 import torch
