@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,135 +11,187 @@ import numpy as np
 from numba import config, njit
 from numpy.typing import NDArray
 
+logger = logging.getLogger(__name__)
+
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 
 INFINITY = np.float32(np.inf)
+ZERO = np.float32(0)
 NEVER = np.int32(2**31 - 1)  # above the bits of every float
 ALWAYS = np.int32(-(2**31))  # below them
-TINY = np.float32(np.finfo(np.float32).tiny)
+# Costs whose largest lies between these are taken as they are: sums and differences stay finite, and exact to rounding.
+SMALL, LARGE = np.float32(2.0**-60), np.float32(2.0**60)
+SMALL_BITS, LARGE_BITS = SMALL.view(np.int32), LARGE.view(np.int32)
+INFINITE_BITS = INFINITY.view(np.int32)
 
 # Every inner loop runs over the columns of one row without a branch, so that it becomes vector instructions. LLVM does
 # that for minima of integers and not of floats, hence the minima over the bits of the distances: floats >= 0 have the
-# order of their bits.
+# order of their bits. There is no view of an array and no assignment to a slice: either takes seconds to compile.
 OPTIONS: dict[str, Any] = {
     "nogil": True,
     "boundscheck": False,
     "error_model": "numpy",
     "fastmath": {"nnan", "nsz", "reassoc", "contract"},
 }
-compiled = njit(**OPTIONS)
+INNER = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+compiled = njit(**INNER)
 
 
-@compiled
-def assign(costs: Floats, columns: Ints, prices: Floats) -> None:
-    """Write the column assigned to each row of each problem, of least total cost, into `columns`.
+@njit(**OPTIONS)
+def assign(costs: Floats, plans: Floats, prices: Floats) -> None:
+    """Write the plan of least total cost of each problem, a permutation times 1/N, into `plans`.
 
     Rows and columns are matched greedily by reduced cost first; each row left over is then matched along a shortest
     augmenting path (Dijkstra), which keeps the dual prices feasible and so ends in an optimum. The work of a problem is
-    bounded by N**3. The GIL is released.
+    bounded by N**3. A problem whose costs are not all finite gets the independent coupling. The GIL is released.
 
     Args:
-        costs: finite costs, contiguous, shape (B, N, N).
-        columns: result, shape (B, N).
+        costs: costs, contiguous, shape (B, N, N).
+        plans: zeros, to be filled, shape (B, N, N).
         prices: result, the dual prices of the columns, shape (B, N): row p of the plan is at the minimum of
-            ``costs[p] - prices``.
+            ``costs[p] - prices``. Where costs are not finite, it is left alone.
 
     Reference:
         Jonker & Volgenant, A Shortest Augmenting Path Algorithm for Dense and Sparse Linear Assignment Problems,
         Computing 38, 1987.
     """
     size = costs.shape[1]
+    share = np.float32(1 / size)
     distance, final, open_prices = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
     rows, previous, owned = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.int32)
-    bits = distance.view(np.int32)
-    cost = np.empty((size, size), np.float32)
+    column, scaled = np.empty(size, np.int32), np.empty((size, size), np.float32)
     for problem in range(len(costs)):
-        column, price = columns[problem], prices[problem]
-        scale = scaled(costs[problem], cost)
-        column_reduction(cost, price, column, rows, previous)
-        row_reduction(cost, price, column, rows, distance, bits)
+        cost, price, plan = costs[problem], prices[problem], plans[problem]
+        largest = column_minima(cost, price, previous)
+        if largest >= INFINITE_BITS:
+            fill(plan, share * share)
+            continue
+        unit = np.float32(1)
+        if largest < SMALL_BITS or largest > LARGE_BITS:
+            unit = SMALL if largest < SMALL_BITS else LARGE
+            divide(cost, unit, scaled)
+            cost = scaled
+            column_minima(cost, price, previous)
+        match_greedily(cost, price, column, rows, previous, distance)
         for j in range(size):
             owned[j] = NEVER if rows[j] >= 0 else ALWAYS
         for row in range(size):
             if column[row] < 0:
-                augment(row, cost, price, column, rows, owned, distance, bits, final, open_prices, previous)
-        for j in range(size):
-            price[j] *= scale
+                augment(row, cost, price, column, rows, owned, distance, final, open_prices, previous)
+        for row in range(size):
+            plan[row, column[row]] = share
+            price[row] *= unit
 
 
-def load(*, cached: bool) -> Callable[[Floats, Ints, Floats], None]:
+def load(*, cached: bool) -> Callable[[Floats, Floats, Floats], None]:
     """Return :func:`assign`, compiled and tried on a small problem.
 
     Args:
-        cached: read the machine code from numba's cache on disk, and write it there.
+        cached: read the machine code from numba's cache on disk. If it is not there, which is so once per machine and
+            release, compile it, write it there, and log one line that says so.
 
     Raises:
         Exception: of any kind, if numba cannot compile, or cannot use its cache.
     """
     if getattr(config, "DISABLE_JIT", False):  # in Python it would be slower than scipy
         raise RuntimeError("numba's compiler is switched off (NUMBA_DISABLE_JIT)")
+    start = time.perf_counter()
     solver = njit(cache=True, **OPTIONS)(assign.py_func) if cached else assign
-    columns, prices = np.empty((1, 3), np.int32), np.empty((1, 3), np.float32)
-    solver(np.array([[[2, 1, 3], [1, 3, 2], [3, 2, 1]]], np.float32), columns, prices)
+    plans, prices = np.zeros((1, 3, 3), np.float32), np.empty((1, 3), np.float32)
+    solver(np.array([[[2, 1, 3], [1, 3, 2], [3, 2, 1]]], np.float32), plans, prices)
+    columns = plans.argmax(axis=2)
     if columns.tolist() != [[1, 0, 2]]:
         raise RuntimeError(f"it found {columns.tolist()} where [[1, 0, 2]] is right")
+    if cached and not solver.stats.cache_hits:
+        seconds = time.perf_counter() - start
+        logger.warning("compiled the transport solver in %.1f s; numba's cache on this machine keeps it", seconds)
     return solver
 
 
 @compiled
-def scaled(costs: Floats, result: Floats) -> Any:
-    """Bring costs of any scale to order one, where sums and differences stay finite; return the scale."""
-    peak = np.full(1, TINY)
-    bits = peak.view(np.int32)
-    for row in range(len(costs)):
-        values, largest = costs[row].view(np.int32), bits[0]
-        for j in range(len(values)):
-            largest = max(largest, values[j] & NEVER)
-        bits[0] = largest
-    scale = peak[0]
-    for row in range(len(costs)):
-        for j in range(len(costs)):
-            result[row, j] = costs[row, j] / scale
-    return scale
+def bits(value: np.float32) -> Any:
+    """Return a float's bits as an integer."""
+    return np.float32(value).view(np.int32)
 
 
 @compiled
-def column_reduction(cost: Floats, prices: Floats, column: Ints, rows: Ints, cheapest: Ints) -> None:
-    """Price each column at its cheapest entry and match it with that row, if the row is still free."""
-    size = len(prices)
-    prices[:] = cost[0]
-    cheapest[:] = 0
-    column[:] = -1
-    rows[:] = -1
-    for row in range(1, size):
+def divide(cost: Floats, divisor: np.float32, result: Floats) -> None:
+    for row in range(len(cost)):
+        for j in range(len(cost)):
+            result[row, j] = cost[row, j] / divisor
+
+
+@compiled
+def fill(plan: Floats, value: np.float32) -> None:
+    for row in range(len(plan)):
+        for j in range(len(plan)):
+            plan[row, j] = value
+
+
+@compiled
+def match_greedily(cost: Floats, prices: Floats, column: Ints, rows: Ints, cheapest: Ints, reduced: Floats) -> None:
+    """Match each column with its cheapest row, then each free row with its best column, as long as it pays."""
+    match_columns(column, rows, cheapest)
+    before, free = len(prices), unmatched(column)
+    while 0 < 4 * free <= 3 * before:
+        row_reduction(cost, prices, column, rows, reduced)
+        before, free = free, unmatched(column)
+
+
+@compiled
+def column_minima(cost: Floats, prices: Floats, cheapest: Ints) -> Any:
+    """Price each column at its cheapest entry, write that entry's row into `cheapest`, and return a measure of size.
+
+    It is the bits of the largest absolute cost: those of infinity or more if a cost is not finite.
+    """
+    size, largest = len(prices), np.int32(0)
+    for j in range(size):
+        prices[j], cheapest[j] = INFINITY, 0
+    for row in range(0, size, 2):  # two rows at a time: half the reads and writes of the prices
+        upper, lower = np.int32(row), np.int32(min(row + 1, size - 1))
         for j in range(size):
-            less = cost[row, j] < prices[j]
-            prices[j] = cost[row, j] if less else prices[j]
-            cheapest[j] = np.int32(row) if less else cheapest[j]
-    for j in range(size - 1, -1, -1):
+            above, below = cost[upper, j], cost[lower, j]
+            largest = max(largest, max(bits(above) & NEVER, bits(below) & NEVER))
+            cheaper = below < above
+            value, place = below if cheaper else above, lower if cheaper else upper
+            less = value < prices[j]
+            prices[j], cheapest[j] = value if less else prices[j], place if less else cheapest[j]
+    return largest
+
+
+@compiled
+def match_columns(column: Ints, rows: Ints, cheapest: Ints) -> None:
+    """Match each column with its cheapest row, if that row is still free."""
+    for j in range(len(rows)):
+        column[j], rows[j] = -1, -1
+    for j in range(len(rows) - 1, -1, -1):
         if column[cheapest[j]] < 0:
             column[cheapest[j]] = j
             rows[j] = cheapest[j]
 
 
 @compiled
-def row_reduction(cost: Floats, prices: Floats, column: Ints, rows: Ints, reduced: Floats, bits: Ints) -> None:
+def row_reduction(cost: Floats, prices: Floats, column: Ints, rows: Ints, reduced: Floats) -> None:
     """Give each free row its best column once, at the price that makes the second best as good for it."""
     size = len(prices)
     for row in range(size):
         if column[row] >= 0:
             continue
+        least = NEVER
         for j in range(size):
             reduced[j] = cost[row, j] - prices[j]
-        first = position(bits, least(bits))
-        best = reduced[first]
-        reduced[first] = INFINITY
-        second = position(bits, least(bits))
-        taken = first
+            least = min(least, bits(reduced[j]))
+        taken = position(reduced, least)
+        best = reduced[taken]
+        reduced[taken] = INFINITY
+        least = NEVER
+        for j in range(size):
+            least = min(least, bits(reduced[j]))
+        second = position(reduced, least)
         if reduced[second] > best:
-            prices[first] -= reduced[second] - best
-        elif rows[first] >= 0:
+            prices[taken] -= reduced[second] - best
+        elif rows[taken] >= 0:
             taken = second  # as good, and perhaps free
         if rows[taken] >= 0:
             column[rows[taken]] = -1
@@ -154,46 +208,47 @@ def augment(
     rows: Ints,
     owned: Ints,
     distance: Floats,
-    bits: Ints,
     final: Floats,
     open_prices: Floats,
     previous: Ints,
 ) -> None:
     """Match the free row `start` along the shortest path of reduced costs to a free column.
 
-    `bits` is `distance` seen as integers. A column whose distance is final keeps it in `final`; an infinite distance
-    and an infinite price keep it out of the search. `owned` is NEVER for the matched columns, ALWAYS for the others.
+    A column whose distance is final keeps it in `final`; an infinite distance and an infinite price keep it out of the
+    search. `owned` is NEVER for the matched columns, ALWAYS for the others.
     """
     size = len(prices)
+    nearest, nearest_free = NEVER, NEVER
     for j in range(size):
-        open_prices[j] = prices[j]
-        distance[j] = cost[start, j] - prices[j]
-        previous[j] = np.int32(start)
-        final[j] = INFINITY
-    while True:
-        nearest, nearest_free = NEVER, NEVER
-        for j in range(size):
-            nearest = min(nearest, bits[j])
-            nearest_free = min(nearest_free, max(bits[j], owned[j]))
-        end = position(bits, nearest)
+        open_prices[j], final[j], previous[j] = prices[j], INFINITY, np.int32(start)
+        reached = cost[start, j] - prices[j]
+        distance[j] = reached
+        nearest = min(nearest, bits(reached))
+        nearest_free = min(nearest_free, max(bits(reached), owned[j]))
+    while nearest != nearest_free:  # among equals a free column ends the search
+        end = position(distance, nearest)
         shortest = distance[end]
-        if nearest_free == nearest:  # among equals a free column ends the search
-            break
         final[end] = shortest
         distance[end] = INFINITY
         open_prices[end] = -INFINITY
         row = rows[end]
         shift = cost[row, end] - prices[end] - shortest
+        nearest, nearest_free = NEVER, NEVER
         for j in range(size):
             through = cost[row, j] - open_prices[j] - shift
             nearer = through < distance[j]
-            distance[j] = through if nearer else distance[j]
+            reached = through if nearer else distance[j]
+            distance[j] = reached
             previous[j] = row if nearer else previous[j]
-    while rows[end] >= 0 or bits[end] != nearest:
+            nearest = min(nearest, bits(reached))
+            nearest_free = min(nearest_free, max(bits(reached), owned[j]))
+    end = position(distance, nearest)
+    while rows[end] >= 0 or bits(distance[end]) != nearest:
         end += 1
+    shortest = distance[end]
     owned[end] = NEVER
     for j in range(size):
-        prices[j] += min(final[j] - shortest, np.float32(0))
+        prices[j] += min(final[j] - shortest, ZERO)
     while True:
         row = previous[end]
         rows[end] = row
@@ -203,19 +258,19 @@ def augment(
 
 
 @compiled
-def least(bits: Ints) -> Any:
-    """Return the least value."""
-    lowest = NEVER
-    for j in range(len(bits)):
-        lowest = min(lowest, bits[j])
-    return lowest
+def unmatched(column: Ints) -> int:
+    """Return the number of rows without a column."""
+    count = 0
+    for row in range(len(column)):
+        count += column[row] < 0
+    return count
 
 
 @compiled
-def position(values: Ints, value: np.int32) -> Any:
-    """Return the first index of a value that the array contains."""
+def position(values: Floats, wanted: np.int32) -> Any:
+    """Return the first index of a value with these bits, which the array contains."""
     size = np.int32(len(values))
     index = size
     for j in range(size):
-        index = min(index, np.int32(j) if values[j] == value else size)
+        index = min(index, np.int32(j) if bits(values[j]) == wanted else size)
     return index

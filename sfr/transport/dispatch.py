@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sfr.checks import check_choice, check_number
 from sfr.config import Solver
-from sfr.transport.exact import exact_plan
+from sfr.transport.exact import exact_plan, permutation_plan
 from sfr.transport.fallback import OptionalSolver
 from sfr.transport.proximal import proximal_plan
 from sfr.transport.scaling import duality_gap, of_unit_size
@@ -89,7 +89,7 @@ def solve(
         plan = _compiled_plan(batch, a, b, solver, epsilon, beta, iterations)
     else:
         plan = _plan(batch, a, b, solver, epsilon, beta, iterations)
-    return plan.reshape(cost.shape)
+    return plan if cost.ndim == 3 else plan[0]
 
 
 def certified(
@@ -177,16 +177,20 @@ def _checked(cost: Tensor, solver: Solver, epsilon: float, beta: float | None, i
         raise TypeError(f"cost must be a floating-point tensor; got {got}")
     if cost.ndim not in (2, 3) or 0 in cost.shape[-2:]:
         raise ValueError(f"cost must have shape (B, N, M) or (N, M), N and M >= 1; got {tuple(cost.shape)}")
-    return cost.detach().reshape(-1, *cost.shape[-2:])
+    return cost.detach() if cost.ndim == 3 else cost.detach()[None]
 
 
 def _plan(
     cost: Tensor, a: Tensor | None, b: Tensor | None, solver: str, epsilon: float, beta: float | None, iterations: int
 ) -> Tensor:
     """Return the plans of a batch (B, N, M) whose arguments are checked, apart from the masses."""
+    if solver == "auto":
+        solver = default_solver(cost.device)
+    if solver == "exact" and _is_assignment(cost, a, b):
+        plan = permutation_plan(cost)
+        if plan is not None:
+            return plan
     with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
-        if solver == "auto":
-            solver = default_solver(cost.device)
         if solver == "proximal" and _fits_fused(cost):
             plan = _try_fused(cost, a, b, beta, iterations)
             if plan is not None:
@@ -197,6 +201,11 @@ def _plan(
         else:
             plan, _ = _iterated(problem, solver, epsilon, beta, iterations)
         return problem.finished(plan)
+
+
+def _is_assignment(cost: Tensor, a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether an optimal plan is a permutation, and float32 is enough to find it."""
+    return a is None and b is None and cost.shape[1] == cost.shape[2] and cost.dtype != torch.float64
 
 
 def _fits_fused(cost: Tensor) -> bool:

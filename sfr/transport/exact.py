@@ -23,7 +23,7 @@ OPTIMAL = 1  # the simplex's code of success
 
 # Below these sizes threads cost more than they save: number of entries in the batch for the compiled solver, and in
 # one cost matrix for the solvers that are called once per problem and take turns holding the GIL.
-COMPILED_THREADED_FROM = 2**21
+COMPILED_THREADED_FROM = 2**19
 LOOP_THREADED_FROM = 36 * 36
 
 NO_CACHE = (
@@ -37,11 +37,9 @@ HUGE, SHRINK = 2.0**960, 2.0**-60
 def exact_plan(cost: Tensor, rows: Tensor, columns: Tensor, *, uniform: bool) -> Tensor:
     """Return the optimal plans of a batch of problems, computed on the CPU.
 
-    With uniform masses and N = M an optimal plan is a permutation (Birkhoff). For float32 costs a solver compiled by
-    numba (the extra ``fast``) finds it, several times faster than scipy's assignment solver (Crouse 2016), which
-    is used instead if numba is missing or does not work, and for float64. Every other problem goes to POT's network
-    simplex (Bonneel et al. 2011). All of them release the GIL, and large batches are shared out over
-    ``torch.get_num_threads()``.
+    With uniform masses and N = M an optimal plan is a permutation (Birkhoff): scipy's assignment solver (Crouse 2016)
+    finds it where :func:`permutation_plan` does not. Every other problem goes to POT's network simplex (Bonneel et al.
+    2011). Both release the GIL, and large batches are shared out over ``torch.get_num_threads()``.
 
     Args:
         cost: finite costs, shape (B, N, M).
@@ -53,14 +51,29 @@ def exact_plan(cost: Tensor, rows: Tensor, columns: Tensor, *, uniform: bool) ->
         Plans of shape (B, N, M) with the dtype and device of `cost`.
     """
     if uniform and cost.shape[1] == cost.shape[2]:
-        found = compiled_assignment(cost) if cost.dtype == torch.float32 else None
-        matches = torch.from_numpy(_scipy_assignment(cost) if found is None else found)
+        matches = torch.from_numpy(_scipy_assignment(cost))
         plan = torch.zeros_like(cost, memory_format=torch.contiguous_format)
         return plan.scatter_(2, matches.to(cost.device, torch.int64)[:, :, None], 1.0 / cost.shape[1])
     return _simplex(cost, rows, columns)
 
 
-def _load_assignment() -> Callable[[Tensor], NDArray[np.int32]]:
+def permutation_plan(cost: Tensor) -> Tensor | None:
+    """Return the optimal plans for uniform masses and N = M, by a solver compiled by numba (the extra ``fast``).
+
+    It is several times faster than scipy's solver, and sees by itself which costs are finite.
+
+    Args:
+        cost: shape (B, N, N), of any floating dtype, solved in float32. A problem whose costs are not all finite gets
+            the independent coupling.
+
+    Returns:
+        Plans of shape (B, N, N) in float32, on the device of `cost`; or None if numba is missing or does not work.
+    """
+    plans = compiled_assignment(np.ascontiguousarray(cost.float().numpy(force=True)))
+    return None if plans is None else torch.from_numpy(plans).to(cost.device)
+
+
+def _load_assignment() -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
     """Return the solver compiled by numba: from numba's cache or, with a warning, without one."""
     from sfr.transport.assignment import load
 
@@ -77,13 +90,12 @@ compiled_assignment = OptionalSolver(
 )
 
 
-def _assigned(assign: Callable[..., None], cost: Tensor) -> NDArray[np.int32]:
-    """Return the column of each row, (B, N), by the compiled solver."""
-    costs = cost.cpu().contiguous().numpy()
-    matches, prices = np.empty(costs.shape[:2], np.int32), np.empty(costs.shape[:2], np.float32)
+def _assigned(assign: Callable[..., None], costs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the plans, (B, N, N), of the compiled solver."""
+    plans, prices = np.zeros(costs.shape, np.float32), np.empty(costs.shape[:2], np.float32)
     threads = torch.get_num_threads() if costs.size >= COMPILED_THREADED_FROM else 1
-    _in_threads(lambda part: assign(costs[part], matches[part], prices[part]), len(costs), threads)
-    return matches
+    _in_threads(lambda part: assign(costs[part], plans[part], prices[part]), len(costs), threads)
+    return plans
 
 
 def _scipy_assignment(cost: Tensor) -> NDArray[np.int32]:
@@ -174,8 +186,10 @@ def _in_threads(solve: Callable[[slice], None], count: int, threads: int) -> Non
     """Call `solve` with slices that cover the `count` problems of a batch, one slice per thread."""
     if threads == 1:
         return solve(slice(0, count))
-    bounds = np.linspace(0, count, threads + 1).astype(int)
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(solve, slice(*ends)) for ends in pairwise(bounds)]:
-            done.result()
+    first, *others = [slice(*ends) for ends in pairwise(np.linspace(0, count, threads + 1).astype(int))]
+    with ThreadPoolExecutor(len(others)) as pool:
+        running = [pool.submit(solve, part) for part in others]
+        solve(first)
+        for each in running:
+            each.result()
     return None

@@ -1,7 +1,9 @@
 """Optional packages that are missing, broken or cannot write: one warning, and plans from the next solver."""
 
+import logging
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -111,8 +113,8 @@ def does_not_compile(**options: Any) -> Any:
 
 def computes_nonsense(**options: Any) -> Any:
     def decorator(function: Any) -> Any:
-        def call(costs: Any, columns: Any, prices: Any) -> None:
-            columns[:] = 0
+        def call(costs: Any, plans: Any, prices: Any) -> None:
+            plans[:] = 0
 
         call.py_func = function  # type: ignore[attr-defined]
         return call
@@ -195,18 +197,35 @@ def test_a_numba_that_cannot_be_imported_is_one_warning_in_the_process(tmp_path:
     assert "Numba needs NumPy 2.3 or less" in run.stderr
 
 
+class Lines(logging.Handler):
+    """What was logged, a line each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 @pytest.fixture(scope="module")
-def filled_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what numba keeps of the compiled solver."""
+def first_load(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A folder with what numba keeps of the compiled solver, and what was logged when it was compiled."""
     import numba
 
-    from sfr.transport.assignment import load
+    from sfr.transport.assignment import load, logger
 
-    folder = tmp_path_factory.mktemp("cache")
+    folder, log = tmp_path_factory.mktemp("cache"), Lines()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(numba.config, "CACHE_DIR", str(folder))
+        patch.setattr(logger, "handlers", [log])
         load(cached=True)
-    return folder
+    return folder, log.lines
+
+
+@pytest.fixture
+def filled_cache(first_load: tuple[Path, list[str]]) -> Path:
+    return first_load[0]
 
 
 @pytest.fixture
@@ -230,6 +249,18 @@ def test_the_compiled_solver_is_kept_in_numbas_cache_and_taken_from_it(cache: Pa
     shutil.copytree(filled_cache, cache, dirs_exist_ok=True)
     assert sum(load(cached=True).stats.cache_hits.values()) == 1
     assert_no_warning()
+
+
+@needs_numba
+def test_compiling_for_the_cache_is_one_logged_line_and_reading_it_is_none(
+    cache: Path, first_load: tuple[Path, list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, lines = first_load
+    assert len(lines) == 1
+    assert re.fullmatch(r"compiled the transport solver in \d+\.\d s; numba's cache on this machine keeps it", lines[0])
+    shutil.copytree(folder, cache, dirs_exist_ok=True)
+    assert_no_warning()
+    assert not caplog.records
 
 
 DAMAGES = {

@@ -750,10 +750,10 @@ def test_the_compiled_assignment_is_optimal_by_duality(kind: str, size: int) -> 
     elif kind == "ties":
         cost = (3 * cost).floor()
     cost = cost * {"negative": -1.0, "tiny": 1e-35, "huge": 1e35}.get(kind, 1.0)
-    columns, prices = torch.empty(5, size, dtype=torch.int32), torch.empty(5, size)
-    assign(cost.numpy(), columns.numpy(), prices.numpy())
+    plans, prices = torch.zeros(5, size, size), torch.empty(5, size)
+    assign(cost.numpy(), plans.numpy(), prices.numpy())
     uniform = torch.full((5, size), 1 / size, dtype=torch.float64)
-    primal = cost.double().gather(2, columns.long()[:, :, None]).mean(dim=(1, 2))
+    primal = cost.double().gather(2, plans.argmax(dim=2, keepdim=True)).mean(dim=(1, 2))
     scale = cost.double().abs().amax(dim=(1, 2))
     assert ((primal - dual_value(cost, uniform, uniform, prices)).abs() <= 1e-6 * scale).all()
 
