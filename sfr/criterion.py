@@ -1,4 +1,4 @@
-"""SFRLoss: label term + weight(t) * feature term, in the place of nn.CrossEntropyLoss."""
+"""SFRLoss: label term + weight(t) * feature term, used instead of nn.CrossEntropyLoss."""
 
 from __future__ import annotations
 
@@ -30,25 +30,28 @@ class SFRLoss(DropInLoss):
 
     .. math:: L = L_\text{label} + \lambda_t \, L_\text{feature}
 
-    The feature term is the mean over the (shallow, deep) pairs of :func:`sfr.emd_l2` between their nodes. The label
-    term is cross-entropy, or with ``smoothing=`` :class:`sfr.DynamicLabelSmoothing`. The state (steps, label
-    statistics) is in ``state_dict()``, so that a run resumes exactly.
+    The feature term is the mean over the (shallow, deep) pairs of :func:`sfr.emd_l2` between their nodes; each image
+    counts in it as far as its labels are fitted, see `gate` of :class:`sfr.SFRConfig`. The label term is cross-entropy,
+    or with ``smoothing=`` :class:`sfr.DynamicLabelSmoothing`. The state (steps, label statistics) is in
+    ``state_dict()``, so that a run resumes exactly.
 
-    Every forward needs one call, right after it; several with the very same logits, as for the two labels of MixUp,
-    are one step. In ``criterion.eval()``, under ``torch.no_grad()``, inside ``model.disable()`` and, with a warning, of
-    a model in evaluation mode it is the plain cross-entropy, or `label_loss` alone. Under ``torch.compile`` it runs
-    eagerly, as a whole. A sample whose features are not finite has a feature term of zero, and training goes on. One
-    warning each says so, and if the feature term stays above a third of the loss for 50 steps (the label term counts as
-    its largest so far, for it goes to zero), or trains nothing because all supervised stages are frozen.
+    Call it once for each forward, right after it; several calls with the very same logits, as for the two labels of
+    MixUp, are one step. It is the plain cross-entropy, or `label_loss` alone, in ``criterion.eval()``, under
+    ``torch.no_grad()``, inside ``model.disable()`` and, with a warning, if the model is in evaluation mode. Under
+    ``torch.compile`` it runs eagerly, as a whole. A sample whose features are not finite has a feature term of zero,
+    and training goes on. One warning each tells of that; of a feature term that stays above a third of the loss for 50
+    steps (beside the largest label term so far, because the label term goes to zero); and of one that trains nothing
+    because all supervised stages are frozen.
 
     Args:
         model: the :class:`sfr.SFRWrapper`, also inside DDP or ``torch.compile``.
         config: the switches, or a mapping of some of them; default ``SFRConfig()``.
-        label_loss: takes the place of the label term: for weighted classes, several labels an image, a regression, or
+        label_loss: replaces the label term: for weighted classes, several labels an image, a regression, or
             (``lambda loss, _: loss``, called as ``criterion(loss, None)``) a model that computes its loss itself. It is
-            called with the output of the model and the target as they are, and returns a 0-d tensor. The output is the
-            logits only if the model returns them: of a Hugging Face model it is its ``ModelOutput``. A module's state
-            is part of the criterion's. It goes with ``smoothing="none"``, the default, alone.
+            called with the output of the model and the target, both unchanged, and returns a 0-d tensor. The output is
+            the logits only if the model returns them; a Hugging Face model returns its ``ModelOutput``. A module's
+            state is part of the criterion's. It goes with ``smoothing="none"``, the default, alone, and there is no
+            gate: the feature term counts in full.
         num_classes: number of classes, >= 1; None takes the width of the model's last layer. It has an effect where
             ``state_dict()`` is asked for before the first batch, as by ``torch.distributed.checkpoint``.
         **switches: fields of :class:`sfr.SFRConfig`, which replace those of `config`.
@@ -135,7 +138,7 @@ class SFRLoss(DropInLoss):
         weight = self.current_weight()
         if not again and weight and logits.numel():  # of an empty batch there are no features to match
             terms = self._terms_of_step(features, logits)
-        if logits.ndim:  # a loss in the place of logits comes once
+        if logits.ndim:  # an output that is a loss is used once
             record.recorder.keep_result(logits, self, terms or NONE)
         if not terms:  # or the forward skipped the stages
             self._last = LossParts(label.detach().clone(), weight)  # loops that accumulate divide the loss in place

@@ -1,4 +1,4 @@
-"""DropInLoss: the call of a loss that takes the place of nn.CrossEntropyLoss, in plain loops and in Hugging Face's."""
+"""DropInLoss: a loss that loops call as they call nn.CrossEntropyLoss, Hugging Face's Trainer among them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INDEX_BY_NAME = (
 
 
 class DropInLoss(TensorState):
-    """Base of a loss that is called in the place of ``nn.CrossEntropyLoss``."""
+    """Base of a loss that is called as ``nn.CrossEntropyLoss`` is."""
 
     def _loss(self, output: Any, target: Any, index: Tensor | None) -> Tensor:
         """Return the loss of one batch, 0-d; see :meth:`forward`."""
