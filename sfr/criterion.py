@@ -17,7 +17,7 @@ from sfr.labels.smoothing import DynamicLabelSmoothing
 from sfr.labels.term import LabelTerm
 from sfr.model.maps import Maps
 from sfr.model.record import Record, known_record, record_of, wrapped_in
-from sfr.parts import LossParts
+from sfr.parts import LossParts, sum_of_parts
 from sfr.preflight.report import Report, report
 from sfr.step_warnings import EVALUATION, StepWarnings
 
@@ -146,9 +146,7 @@ class SFRLoss(DropInLoss):
         gate = label_term.gate(output, target)
         self._last = LossParts(label.detach(), weight, terms.detached(), gate)
         self.warnings.see_parts(self._last, self.step, self.config.feature_weight)
-        values = terms.weighted(gate)
-        # The mean with its weight in one operation, and one back.
-        return torch.add(label, values.sum().to(label.device), alpha=weight / values.numel())
+        return sum_of_parts(label, weight, terms.weighted(gate))
 
     def _terms_of_step(self, features: Mapping[str, Tensor], logits: Tensor) -> Terms:
         maps, joining = self.maps.of_step(features, logits if self.label_loss is None else None)
