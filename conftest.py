@@ -5,8 +5,11 @@ from importlib.util import find_spec
 
 import torch
 
-OPTIONAL = {"numba": "sfr/transport/assignment.py", "triton": "sfr/transport/fused.py"}
-collect_ignore = [path for package, path in OPTIONAL.items() if not find_spec(package)]
+OPTIONAL = {
+    "numba": ["sfr/transport/assignment.py"],
+    "triton": ["sfr/transport/fused.py", "sfr/feature/fused.py", "sfr/feature/kernels.py"],
+}
+collect_ignore = [path for package, paths in OPTIONAL.items() if not find_spec(package) for path in paths]
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # has to be set before Triton is imported
