@@ -12,7 +12,7 @@ SET_WIDTH = tl.constexpr(16)
 # next pair of the same shallow side.
 PAIR_WIDTH = tl.constexpr(16)
 TINY = tl.constexpr(1.1754944e-38)  # the smallest normal float32
-SHORTEST = tl.constexpr(1e-6)  # squared: see emd.directions
+SHORTEST = tl.constexpr(1e-6)  # squared: see sfr.feature.directions
 
 
 @triton.jit
@@ -238,7 +238,7 @@ def extremes(tile, largest, strange):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def unit_length(squares, count, peak):  # type: ignore[no-untyped-def]
-    """Return what brings nodes to length 1, the squared length then, and 1 where it is 1: see emd.directions."""
+    """Return what brings nodes to length 1, the squared length then, and 1 where it is 1: see sfr.feature.directions."""
     least = tl.where(peak < TINY, 1.0, SHORTEST * tl.sum(squares, axis=0) / count)
     factor = 1.0 / tl.sqrt(tl.maximum(squares, least))
     return factor, squares * factor * factor, tl.where(squares > least, 1.0, 0.0)
