@@ -492,7 +492,7 @@ def test_a_segmentation_model_of_torchvision_trains(segmentation_batch):
 
 def test_a_detector_of_torchvision_trains_with_its_own_losses():
     build = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn
-    detector = build(weights=None, weights_backbone=None, num_classes=3)
+    detector = build(weights=None, weights_backbone=None, num_classes=3, min_size=64)
     model = sfr.SFRWrapper(detector, stages=["backbone.body.3", "backbone.body.6", "backbone.body.12"])
     criterion = sfr.SFRLoss(model, label_loss=lambda loss, _: loss)
     image, target = torch.rand(3, 64, 80), {"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([1])}

@@ -7,7 +7,11 @@ OTHERS = ["ot", "torch._dynamo", "scipy.optimize", "sklearn", "torchvision", "ac
 OTHERS += ["timm", "matplotlib"]
 
 
-def test_import_loads_nothing_but_torch_and_numpy():
-    code = f"import sys, sfr; print([name for name in {OTHERS} if name in sys.modules])"
+FRAMEWORKS = ["transformers", "lightning", "timm"]
+
+
+def test_import_loads_nothing_but_torch_and_numpy_and_the_integrations_no_framework():
+    loaded = "print([name for name in {} if name in sys.modules])"
+    code = f"import sys, sfr; {loaded.format(OTHERS)}; import sfr.integrations; {loaded.format(FRAMEWORKS)}"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "[]"
+    assert ran.stdout == "[]\n[]\n"

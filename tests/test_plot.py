@@ -1,6 +1,5 @@
 """sfr.plot draws the plan of a pair over an image, leaves the model as it was, and says what cannot be drawn."""
 
-import subprocess
 import sys
 
 import matplotlib as mpl
@@ -151,11 +150,9 @@ def test_a_stage_without_two_spatial_axes_is_an_error_that_names_it():
         sfr.plot.plan(criterion, torch.rand(2, 3, 16, 16))
 
 
-def test_without_matplotlib_the_error_says_what_to_install():
-    code = (
-        "import sys, torch, sfr; from torch import nn; sys.modules['matplotlib'] = None\n"
-        "net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
-        "sfr.plot.plan(sfr.SFRLoss(sfr.SFRWrapper(net)), torch.rand(2, 3, 16, 16))"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "ImportError: sfr.plot draws with matplotlib, which is not installed: pip install matplotlib" in ran.stderr
+def test_without_matplotlib_the_error_says_what_to_install(make_net, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match="draws with matplotlib, which is not installed: pip install matplotlib"):
+        sfr.plot.plan(sfr.SFRLoss(sfr.SFRWrapper(make_net())), torch.rand(2, 3, 16, 16))

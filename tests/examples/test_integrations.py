@@ -237,7 +237,7 @@ def test_training_mode_may_be_set_module_by_module(make_net, batch):
 
 def test_torchrun_example_trains_two_processes_with_the_feature_term(examples, environment, tmp_path):
     command = [*LAUNCH, "--redirects=1", f"--log-dir={tmp_path / 'logs'}", str(examples / "torchrun_ddp.py")]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     first, second = (next((tmp_path / "logs").rglob(f"{rank}/stdout.log")).read_text() for rank in (0, 1))
     assert float(first.split("feature=tensor(")[1].split(")")[0]) > 0

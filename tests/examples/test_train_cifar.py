@@ -243,7 +243,7 @@ def test_two_processes_share_weights_and_measure_what_one_would(tmp_path, import
         env={**importing_examples, "RANKS_FOLDER": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "run/config.json").read_text())

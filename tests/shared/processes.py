@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import forkserver
@@ -22,6 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 PATIENCE = timedelta(seconds=60)  # with a rank that others wait for
+LIMIT = 300  # seconds for all of it
 
 
 def run_ranks(
@@ -41,13 +43,23 @@ def run_ranks(
     Raises:
         torch.multiprocessing.ProcessRaisedException: the error of the first rank that has one.
         torch.multiprocessing.ProcessExitedException: if a rank is killed or exits with another status than 0.
+        TimeoutError: after five minutes.
     """
     start_server()
     file = sys.modules[function.__module__].__file__
     with tempfile.TemporaryDirectory() as folder:
         of_one_rank = (ranks, folder, environment or {}, file, function.__name__, arguments)
-        torch.multiprocessing.start_processes(in_rank, of_one_rank, nprocs=ranks, start_method="forkserver")
+        wait_for(torch.multiprocessing.start_processes(in_rank, of_one_rank, ranks, False, False, "forkserver"))
         return [torch.load(f"{folder}/{rank}", weights_only=True) for rank in range(ranks)]
+
+
+def wait_for(started: torch.multiprocessing.ProcessContext) -> None:
+    end = time.monotonic() + LIMIT
+    while not started.join(timeout=max(0.0, end - time.monotonic())):
+        if time.monotonic() >= end:
+            for process in started.processes:
+                process.kill()
+            raise TimeoutError(f"the processes have not ended within {LIMIT} seconds")
 
 
 @functools.cache

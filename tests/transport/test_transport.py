@@ -1,7 +1,5 @@
 """Transport: exact plans against scipy's linprog, feasibility of both solvers at the edges, and every refusal."""
 
-import subprocess
-import sys
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_ranks
 from scipy.optimize import linear_sum_assignment, linprog
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -935,36 +934,31 @@ def test_plan_is_feasible_for_any_dtype_layout_and_bad_entry(
     assert_feasible(plan, a, b, tolerance=1e-5)
 
 
-HARD = """
-import torch
-from sfr.transport import solve
+def solve_what_is_hard(_: int) -> None:
+    draws = torch.Generator().manual_seed(0)
 
-torch.set_num_threads(1)
-draws = torch.Generator().manual_seed(0)
-def random(*shape): return torch.rand(*shape, generator=draws)
-size = 160
-costs = {
-    "equal": torch.ones(2, size, size),
-    "few values": random(2, size, size).mul(3).floor(),
-    "near ties": 1 + 1e-6 * random(2, size, size),
-    "product": torch.arange(1.0, size + 1)[:, None] * torch.arange(1.0, size + 1)[None, :] * torch.ones(2, 1, 1),
-    "wide range": 10 ** (76 * random(2, size, size) - 38),
-    "below normal": 1e-42 * random(2, size, size),
-}
-for name, cost in costs.items():
-    for masses in (None, torch.full((size,), 1 / size), random(size).div(size), torch.eye(size)[:2]):
-        other = None if masses is None else masses.roll(1, -1)
-        for solver in ("exact", "proximal", "sinkhorn"):
-            plan = solve(cost, masses, other, solver, iterations=20)
-            assert plan.isfinite().all(), (name, solver)
-print("all solved")
-"""
+    def random(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=draws)
+
+    size = 160
+    costs = {
+        "equal": torch.ones(2, size, size),
+        "few values": random(2, size, size).mul(3).floor(),
+        "near ties": 1 + 1e-6 * random(2, size, size),
+        "product": torch.arange(1.0, size + 1)[:, None] * torch.arange(1.0, size + 1)[None, :] * torch.ones(2, 1, 1),
+        "wide range": 10 ** (76 * random(2, size, size) - 38),
+        "below normal": 1e-42 * random(2, size, size),
+    }
+    for name, cost in costs.items():
+        for masses in (None, torch.full((size,), 1 / size), random(size).div(size), torch.eye(size)[:2]):
+            other = None if masses is None else masses.roll(1, -1)
+            for solver in SOLVERS:
+                plan = solve(cost, masses, other, solver, iterations=20)
+                assert plan.isfinite().all(), (name, solver)
 
 
 def test_no_input_keeps_a_solver_busy_for_ever() -> None:
-    # In a process of its own, which can be ended. It takes seconds; the limit is that of a loop without an end.
-    run = subprocess.run([sys.executable, "-c", HARD], capture_output=True, text=True, timeout=180, check=False)
-    assert run.stdout.strip() == "all solved", run.stderr
+    run_ranks(solve_what_is_hard, ranks=1)  # in a process of its own, which is ended after minutes; it takes seconds
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
