@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,10 +12,6 @@ from sfr.checks import near_names
 from sfr.config import SFRConfig, no_such_field
 from sfr.old_names import OF_THE_WRAPPER, OLD_NAMES
 
-INDEX_BY_NAME = (
-    "criterion(output, target) takes no third argument by position; numbers of samples are passed by name: "
-    "criterion(output, target, index=index)"
-)
 MEAN = (
     "the loss is the mean over the batch: multiply it by len(target) for the sum; the plain losses of single images "
     "are nn.CrossEntropyLoss(reduction='none')(output, target)"
@@ -60,15 +56,6 @@ def check_label_loss(label_loss: object, config: SFRConfig) -> None:
             f"smoothing={config.smoothing!r} has no effect beside label_loss, which replaces the label term: "
             "leave one of them out"
         )
-
-
-def called(label_loss: Callable[[Any, Any], Tensor], output: Any, target: Any) -> Tensor:
-    """Return what a loss of the user's own gives, a 0-d tensor."""
-    loss = label_loss(output, target)
-    if not isinstance(loss, Tensor) or loss.ndim:
-        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"label_loss must return a 0-d tensor; got {got}")
-    return loss
 
 
 def width_of(model: nn.Module) -> int | None:

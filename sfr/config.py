@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, TypeAlias, TypedDict
 
 from sfr.checks import check_choice, check_number, items, near_names, plain_number
-from sfr.old_names import DEFAULT_ALPHA, OLD_NAMES, current_names
+from sfr.old_names import OLD_NAMES, current_names
 from sfr.ramp import Ramp
 from sfr.warn import deprecated
 
@@ -27,6 +27,7 @@ Update: TypeAlias = Literal["running", "epoch"]
 Reduction: TypeAlias = Literal["mean", "none"]
 
 IGNORE_INDEX = -100  # that of F.cross_entropy
+DEFAULT_ALPHA: dict[str, float] = {"class_mean": 0.5, "past": 0.5, "uniform": 0.1, "none": 0.0}
 # Fields of the label term, and the kinds of smoothing that they have an effect on.
 EFFECTIVE: dict[tuple[str, ...], tuple[Smoothing, ...]] = {
     ("alpha",): ("class_mean", "past", "uniform"),
@@ -222,11 +223,16 @@ class SFRConfig:
         Raises:
             ValueError: if a key is no field, or one of the wrapper's that is not at its default.
         """
-        switches = current_names(values)
+        switches = todays_switches(values)
         message = no_such_field(switches)
         if message:
             raise ValueError(f"SFRConfig has no field {message}")
         return cls(**switches)
+
+
+def todays_switches(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return switches under today's names, given those of before 0.2; see :func:`sfr.old_names.current_names`."""
+    return current_names(values, SFRConfig.feature_weight, DEFAULT_ALPHA)
 
 
 def _take_old_names(init: Callable[..., None]) -> Callable[..., None]:
@@ -235,7 +241,7 @@ def _take_old_names(init: Callable[..., None]) -> Callable[..., None]:
         old = [name for name in switches if name in OLD_NAMES]
         if old:
             deprecated("SFRConfig", {name: OLD_NAMES[name] for name in old})
-            switches = current_names(switches)
+            switches = todays_switches(switches)
         init(self, *args, **switches)
 
     return __init__

@@ -8,8 +8,6 @@ from typing import Any
 from sfr.checks import check_number
 from sfr.ramp import Ramp
 
-DEFAULT_ALPHA: dict[str, float] = {"class_mean": 0.5, "past": 0.5, "uniform": 0.1, "none": 0.0}
-WEIGHT = 0.25  # the default
 # Arguments of SFRWrapper, which configurations of before 0.2 held, too.
 OF_THE_WRAPPER: dict[str, Any] = {"stages": None, "layout": "auto", "prefix_tokens": "auto"}
 # Names of before 0.2, and what takes their place.
@@ -21,8 +19,13 @@ OLD_NAMES = {
 }
 
 
-def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
+def current_names(values: Mapping[str, Any], weight: float | Ramp, alphas: Mapping[str, float]) -> dict[str, Any]:
     """Return switches under today's names, given those of before 0.2.
+
+    Args:
+        values: the switches given.
+        weight: the default of the weight.
+        alphas: the default of alpha for each kind of smoothing.
 
     Raises:
         ValueError: for an old switch without effect, or an argument of the wrapper that is not at its default.
@@ -38,23 +41,23 @@ def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
     warmup = values.get("warmup", 0)
     check_number("warmup", warmup, 0, whole=True)
     if warmup:
-        end = switches.get("feature_weight", WEIGHT)
+        end = switches.get("feature_weight", weight)
         if isinstance(end, Ramp):
             raise ValueError("warmup has no effect beside weight=Ramp(...), which says itself how the weight rises")
         switches["feature_weight"] = Ramp(0, end, warmup)
     end, steps = values.get("alpha_end"), values.get("alpha_steps", 1)
     check_number("alpha_steps", steps, 1, whole=True)
     if end is not None:
-        switches["alpha"] = _ramp_of_alpha(switches, end, steps)
+        default = alphas[switches.get("smoothing", "none")]
+        switches["alpha"] = _ramp_of_alpha(switches.get("alpha"), default, end, steps)
     elif steps != 1:
         raise ValueError("without effect, leave out: alpha_steps (of alpha_end, to which alpha moves in these steps)")
     return switches
 
 
-def _ramp_of_alpha(switches: Mapping[str, Any], end: float, steps: int) -> Ramp:
+def _ramp_of_alpha(start: float | Ramp | None, default: float, end: float, steps: int) -> Ramp:
     """Return alpha as a ramp that ends at `end`."""
     check_number("alpha_end", end, 0, 1)
-    start = switches.get("alpha")
     if isinstance(start, Ramp):
         raise ValueError("alpha_end has no effect beside alpha=Ramp(...), which says itself how alpha moves")
     if end != start and steps == 1:
@@ -62,4 +65,4 @@ def _ramp_of_alpha(switches: Mapping[str, Any], end: float, steps: int) -> Ramp:
             f"alpha_end={end!r} needs alpha_steps, the training steps over which alpha moves to it, at least 2: "
             "for a whole run the number of epochs times len(loader)"
         )
-    return Ramp(DEFAULT_ALPHA[switches.get("smoothing", "none")] if start is None else start, end, steps)
+    return Ramp(default if start is None else start, end, steps)

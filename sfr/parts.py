@@ -71,3 +71,8 @@ class LossParts:
         parts = {"label": self.label, "feature": self.feature, "share": self.share}
         parts |= {f"similarity {pair}": value for pair, value in self.similarity.items()}
         return {"weight": self.weight} | {name: value.item() for name, value in parts.items()}
+
+
+def sum_of_parts(label: Tensor, weight: float, values: Tensor) -> Tensor:
+    """Return ``label + weight * values.mean()``, 0-d, in one operation, and one back."""
+    return torch.add(label, values.sum().to(label.device), alpha=weight / values.numel())

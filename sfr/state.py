@@ -20,21 +20,25 @@ class TensorState(nn.Module):
     """
 
     state_names: ClassVar[tuple[str, ...]]
-    required_names: ClassVar[tuple[str, ...]] = ()  # a state without these is an incomplete one
+    required_names: ClassVar[tuple[str, ...]] = ()  # integers; a state without them is an incomplete one
+    optional: ClassVar[bool] = False  # whether it starts where it stands if a module that holds it was trained without
 
     def tensor_state(self) -> dict[str, Tensor]:
         """Return the state under `state_names`; those of a size not known yet may be missing."""
-        raise NotImplementedError
+        return {name: torch.tensor(getattr(self, name)) for name in self.required_names}
 
     def load_tensor_state(self, state: Mapping[str, Any]) -> None:
         """Take over a state, copies of :meth:`tensor_state`; what is missing there is at its beginning."""
-        raise NotImplementedError
+        for name in self.required_names:
+            setattr(self, name, int(state[name]))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update({prefix + name: copy_of(value) for name, value in self.tensor_state().items()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if self.optional and prefix and not any(key.startswith(prefix) for key in state_dict):
+            state_dict.update(self.state_dict(prefix=prefix))
         state_dict.update(self._state_of_before(state_dict.pop(prefix + EXTRA_STATE, None), prefix))
         keys = {prefix + name: name for name in self.state_names}
         own = {keys[key]: copy_of(state_dict.pop(key)) for key in keys if key in state_dict}

@@ -52,8 +52,15 @@ class StepWarnings:
             warn_user(message.format(*values))
 
     def see_terms(self, terms: Terms, step: int) -> None:
-        """Warn if an image's features are not finite; looked at seldom where that makes the host wait."""
-        if NONFINITE in self._warned or not terms:
+        """Warn if the terms train nothing, or an image's features are not finite.
+
+        The latter is looked at seldom where that makes the host wait.
+        """
+        if not terms:
+            return
+        if not terms.by_image.requires_grad:
+            self.warn(FROZEN)
+        if NONFINITE in self._warned:
             return
         self._finite.append(terms.finite)
         if terms.finite.device.type != "cpu" and step % CHECK_EVERY:

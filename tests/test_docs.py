@@ -39,12 +39,15 @@ def described(docstring):
 
 
 def functions_of(shown):
-    """A function, or a class and its public methods, with their docstrings."""
+    """A function, or a class and its public methods, inherited ones too, with their docstrings."""
     if not inspect.isclass(shown):
         return [(shown, shown.__doc__)]
     maker = shown.__init__ if "__init__" in vars(shown) else shown.__new__
-    public = [name for name in vars(shown) if not name.startswith("_") and name != "extra_repr"]
-    methods = [getattr(shown, name) for name in public if inspect.isfunction(vars(shown)[name])]
+    own = {
+        name: value for cls in shown.__mro__[::-1] if cls.__module__[:4] == "sfr." for name, value in vars(cls).items()
+    }
+    public = [name for name in own if not name.startswith("_") and name != "extra_repr"]
+    methods = [getattr(shown, name) for name in public if inspect.isfunction(own[name])]
     return [(maker, shown.__doc__), *((method, method.__doc__) for method in methods)]
 
 

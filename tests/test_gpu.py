@@ -94,6 +94,26 @@ def test_the_loss_of_the_device_is_close_to_that_of_the_cpu(make_net, batch):
     assert losses[0] == pytest.approx(losses[1], rel=0.005)
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+def test_the_kernels_give_the_loss_and_the_gradients_of_pytorchs_operations(make_net, batch, monkeypatch, last):
+    net, images, labels = make_net().cuda(), batch[0].cuda(), batch[1].cuda()
+    if last:
+        net, images = net.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
+    results = []
+    for given_up in (False, True):
+        monkeypatch.setattr(sfr.feature.term.fused_values, "given_up", given_up)
+        model = sfr.SFRWrapper(net)
+        criterion = sfr.SFRLoss(model, feature_weight=10.0, gate="none")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of the kernels that did not start
+            criterion(model(images), labels).backward()
+        results.append([criterion.last.feature, *(each.grad.clone() for each in net.parameters())])
+        net.zero_grad()
+        model.unwrap()
+    for own, plain in zip(*results, strict=True):
+        torch.testing.assert_close(own, plain, rtol=1e-2, atol=1e-3 * float(plain.abs().max()))
+
+
 def test_a_model_spread_over_two_devices_gives_the_loss_of_one(make_net, batch):
     net = make_net()
 

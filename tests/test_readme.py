@@ -1,7 +1,11 @@
 """Every Python snippet of README and pages runs, as a stranger would paste it; commands exist, links lead somewhere."""
 
+import email
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib as mpl
@@ -133,6 +137,38 @@ def test_a_method_card_has_the_fixed_sections(card):
 def test_the_readme_has_at_most_a_thousand_words():
     words = [word for word in (ROOT / "README.md").read_text().split() if any(map(str.isalnum, word))]
     assert len(words) <= 1000
+
+
+def description_of_the_package(folder, repository):
+    """The README in the metadata of the package, built with this address of the repository."""
+    pytest.importorskip("setuptools", minversion="77", reason="an older one does not know this pyproject.toml")
+    shutil.copytree(ROOT / "sfr", folder / "sfr", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("README.md", "LICENSE", "setup.py"):
+        shutil.copy(ROOT / name, folder)
+    project = re.sub(r"^\[project\.urls\]\n(.+\n)*", "", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    urls = f'\n[project.urls]\nRepository = "{repository}"\n' if repository else ""
+    (folder / "pyproject.toml").write_text(project + urls)
+    build = "import setuptools.build_meta as backend; backend.prepare_metadata_for_build_wheel('metadata')"
+    (folder / "metadata").mkdir()
+    subprocess.run([sys.executable, "-c", build], cwd=folder, check=True, capture_output=True)
+    [metadata] = (folder / "metadata").glob("*.dist-info/METADATA")
+    return email.message_from_string(metadata.read_text()).get_payload()
+
+
+def targets_in(text):
+    return re.findall(r"\]\(([^)\s]+)\)", text)
+
+
+def test_a_package_index_shows_no_link_of_the_readme_that_leads_nowhere(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    plain = description_of_the_package(tmp_path / "plain", None)
+    assert targets_in(plain) == [target for target in targets_in(readme) if "://" in target]
+    there = "https://example.org/sfr"
+    absolute = description_of_the_package(tmp_path / "absolute", there)
+    assert len(targets_in(absolute)) == len(targets_in(readme))
+    assert all("://" in target for target in targets_in(absolute))
+    assert f"({there}/blob/HEAD/docs/quickstart.md)" in absolute
+    assert f"({there}/raw/HEAD/docs/method.png)" in absolute
 
 
 def test_the_picture_of_the_method_is_small():

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import sfr
 from sfr.config import Solver
-from sfr.feature.emd import cross_reference
+from sfr.feature.directions import cross_reference
 from sfr.transport import solve
 from sfr.transport.scaling import round_to_marginals
 

@@ -47,7 +47,7 @@ def pool(feature_map: Tensor, grid: Grid, *, joining: bool = False) -> Tensor:
     if joining and torch.is_grad_enabled() and feature_map.requires_grad:
         waiting: list[tuple[int, Tensor]] = []
         cells: Tensor = _JoiningPool.apply(feature_map, averaging, waiting)
-        feature_map.register_hook(_Join(averaging, waiting))
+        feature_map.register_hook(Join(averaging.added, waiting))
         return cells
     return averaging.of(feature_map)
 
@@ -138,11 +138,16 @@ class _JoiningPool(torch.autograd.Function):
         return None, None, None
 
 
-class _Join:
-    """Hook of a map that adds the gradients of its cells, as far as they are of the same backward pass."""
+class Join:
+    """Hook of a map that adds the gradients of its cells, as far as they are of the same backward pass.
 
-    def __init__(self, averaging: _Averaging, waiting: list[tuple[int, Tensor]]) -> None:
-        self.averaging, self.waiting = averaging, waiting
+    Args:
+        added: returns the gradient of the map plus that of its cells, a new tensor.
+        waiting: the gradients of cells, each with the number of its backward pass.
+    """
+
+    def __init__(self, added: Callable[[Tensor, Any], Tensor], waiting: list[tuple[int, Any]]) -> None:
+        self.added, self.waiting = added, waiting
 
     def __call__(self, gradient: Tensor | None) -> Tensor | None:
         task = torch._C._current_graph_task_id()
@@ -151,5 +156,5 @@ class _Join:
         for each in cells:
             if gradient is None:
                 raise RuntimeError(NO_GRADIENT)
-            gradient = self.averaging.added(gradient, each)
+            gradient = self.added(gradient, each)
         return gradient

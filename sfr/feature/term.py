@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -13,6 +14,7 @@ from sfr.feature.channels import match_channels
 from sfr.feature.emd import emd_l2_of_pairs, relative_distance
 from sfr.feature.nodes import Grid, common_grids, to_nodes
 from sfr.feature.pairs import resolve_pairs
+from sfr.transport.fallback import OptionalSolver
 
 
 class Pair(NamedTuple):
@@ -123,6 +125,7 @@ def feature_terms(
     cost: Cost = "cosine",
     marginals: Marginals = "uniform",
     solver: Solver = "auto",
+    kernels: bool = True,
 ) -> Terms:
     r"""Return the feature term of every pair of stages, by "shallow <- deep".
 
@@ -136,12 +139,18 @@ def feature_terms(
             one for them; see :func:`sfr.feature.pooling.pool`.
         order: names of all stages; pairs of a stage that `maps` lacks are left out. Default: the names in `maps`.
         pairs, max_grid, grouping, detach_deep, cost, marginals, solver: see :class:`sfr.SFRConfig`.
+        kernels: use the Triton kernels (:mod:`sfr.feature.fused`) where they can take the maps.
 
     Example:
         >>> maps = {"layer1": torch.randn(2, 8, 16, 16), "layer2": torch.randn(2, 16, 8, 8)}
         >>> list(feature_terms(maps))
         ['layer1 <- layer2']
     """
+    plain = cost == "cosine" and marginals == "uniform" and solver in ("auto", "proximal")
+    if kernels and plain and grouping == "mean" and detach_deep and _fit_the_kernels(list(maps.values())):
+        terms = _fused_terms(maps, order=order, joining=joining, pairs=pairs, max_grid=max_grid, solver=solver)
+        if terms is not None:
+            return terms
     matched = list(matched_pairs(
         maps, order=order, joining=joining, pairs=pairs, max_grid=max_grid, grouping=grouping, detach_deep=detach_deep,
         cost=cost,
@@ -160,6 +169,90 @@ def feature_terms(
     return Terms([pair.name for pair in matched], values * finite, finite, distances)
 
 
+def _load_fused() -> Callable[..., tuple[Tensor, Tensor]]:
+    from sfr.feature.fused import fused_values
+
+    return fused_values
+
+
+fused_values = OptionalSolver(
+    "triton", _load_fused, "the fused feature term does not run here, so PyTorch's operations take its place"
+)
+FUSED_MAPS, FUSED_NODES = 8, 64  # at most: the maps that a kernel has arguments for, the nodes of one in registers
+
+
+def _fit_the_kernels(maps: Sequence[Tensor]) -> bool:
+    """Whether the Triton kernels can take these maps: of one batch, on one NVIDIA or AMD device, of at most float32."""
+    return (
+        not fused_values.given_up
+        and 0 < len(maps) <= FUSED_MAPS
+        and all(
+            type(each) is Tensor
+            and each.is_cuda
+            and each.device == maps[0].device
+            and each.dtype in (torch.float16, torch.bfloat16, torch.float32)
+            and 2 <= each.ndim <= 4
+            and len(each) == len(maps[0]) < 2**16
+            and 0 < each.numel() < 2**31
+            for each in maps
+        )
+    )
+
+
+def _fused_terms(
+    maps: Mapping[str, Tensor],
+    *,
+    order: Sequence[str] | None,
+    joining: Collection[str],
+    pairs: Pairs | Sequence[tuple[int | str, int | str]],
+    max_grid: int,
+    solver: Solver,
+) -> Terms | None:
+    """Return the terms by the Triton kernels, or None if these nodes do not fit or the kernels do not run here."""
+    names, sides = [], []
+    for shallow, deep in _pairs_present(maps, order, pairs):
+        grids = common_grids(tuple(maps[shallow].shape[2:]), tuple(maps[deep].shape[2:]), max_grid)
+        if max(map(math.prod, grids)) > FUSED_NODES:
+            return None
+        names.append(f"{shallow} <- {deep}")
+        sides.append(((shallow, grids[0]), (deep, grids[1])))
+    if not names:
+        return NONE
+    # Pairs of one size next to each other.
+    ordered = sorted(range(len(names)), key=lambda i: tuple(math.prod(grid) for _, grid in sides[i]))
+    used = list(dict.fromkeys(name for pair in sides for name, _ in pair))
+    sets = list(dict.fromkeys(side for pair in sides for side in pair))
+
+    def otherwise(given: Sequence[Tensor]) -> Tensor:
+        again = feature_terms(
+            dict(zip(used, given, strict=True)),
+            order=order,
+            pairs=pairs,
+            max_grid=max_grid,
+            solver=solver,
+            kernels=False,
+        )
+        return again.by_image[ordered]
+
+    found = fused_values(
+        [maps[name] for name in used],
+        tuple((used.index(name), grid) for name, grid in sets),
+        tuple((sets.index(sides[i][0]), sets.index(sides[i][1])) for i in ordered),
+        [used.index(name) for name in joining if name in used],
+        otherwise,
+    )
+    return None if found is None else Terms([names[i] for i in ordered], *found)
+
+
+def _pairs_present(
+    maps: Mapping[str, Tensor], order: Sequence[str] | None, pairs: Pairs | Sequence[tuple[int | str, int | str]]
+) -> list[tuple[str, str]]:
+    """Return the pairs whose stages are both there, by name."""
+    names = list(maps) if order is None else order
+    named = [(names[i], names[j]) for i, j in resolve_pairs(pairs, names)]
+    return [pair for pair in named if pair[0] in maps and pair[1] in maps]
+
+
 def matched_pairs(
     maps: Mapping[str, Tensor],
     *,
@@ -172,7 +265,6 @@ def matched_pairs(
     cost: Cost,
 ) -> Iterator[Pair]:
     """Yield both sides of each pair, ready for the transport; for the arguments see :func:`feature_terms`."""
-    names = list(maps) if order is None else order
     device = next((maps[name].device for name in reversed(list(maps))), None)  # of a model spread over several
     pooled: dict[tuple[str, Grid], tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -183,14 +275,11 @@ def matched_pairs(
             pooled[name, grid] = nodes, nodes.detach() if detach_deep else nodes, finite
         return pooled[name, grid]
 
-    for i, j in resolve_pairs(pairs, names):
-        if names[i] not in maps or names[j] not in maps:
-            continue
-        grids = common_grids(tuple(maps[names[i]].shape[2:]), tuple(maps[names[j]].shape[2:]), max_grid)
-        shallow, _, shallow_finite = nodes_of(names[i], grids[0])
-        _, deep, deep_finite = nodes_of(names[j], grids[1])
-        matched = match_channels(shallow, deep, grouping)
-        yield Pair(names[i], names[j], matched, shallow_finite & deep_finite)
+    for shallow, deep in _pairs_present(maps, order, pairs):
+        grids = common_grids(tuple(maps[shallow].shape[2:]), tuple(maps[deep].shape[2:]), max_grid)
+        own, _, own_finite = nodes_of(shallow, grids[0])
+        _, other, other_finite = nodes_of(deep, grids[1])
+        yield Pair(shallow, deep, match_channels(own, other, grouping), own_finite & other_finite)
 
 
 def _finite(nodes: Tensor, cost: Cost) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,12 @@ def fitted(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
         target: class indices, shape (B,) or (B, ...), or soft targets of the shape of the logits.
         ignore_index: class index of labels to be left out.
     """
-    probabilities = F.softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if target.ndim == 1:  # in few operations, which on a GPU are what it costs
+        return (
+            F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none").neg().exp().nan_to_num(nan=0.0)
+        )
+    probabilities = F.softmax(logits, dim=1)
     if target.is_floating_point():
         of_label = (probabilities * target.to(probabilities)).sum(dim=1)
         kept = torch.ones_like(of_label, dtype=torch.bool)

@@ -18,13 +18,14 @@ from sfr.config import (
     check_alpha,
     check_effect,
     check_num_samples,
+    todays_switches,
 )
 from sfr.labels.class_means import STATISTICS, ClassMeans
 from sfr.labels.cross_entropy import cross_entropy, cross_entropy_towards, may_hold_infinity
 from sfr.labels.past_predictions import PastPredictions
 from sfr.labels.source import Batch, Source
 from sfr.labels.targets import checked_target, smooth_labels
-from sfr.old_names import OLD_NAMES, current_names
+from sfr.old_names import OLD_NAMES
 from sfr.state import TensorState
 from sfr.warn import deprecated
 
@@ -116,7 +117,7 @@ class DynamicLabelSmoothing(TensorState):
         if alpha_end is not None or alpha_steps != 1:
             old = {"alpha_end": alpha_end, "alpha_steps": alpha_steps}
             deprecated("DynamicLabelSmoothing", {name: OLD_NAMES[name] for name in old})
-            alpha = current_names({"smoothing": mode, "alpha": alpha, **old})["alpha"]
+            alpha = todays_switches({"smoothing": mode, "alpha": alpha, **old})["alpha"]
         check_alpha(alpha)
         check_number("momentum", momentum, 1e-6, 1)
         check_effect("mode", mode, {"alpha": alpha, "momentum": momentum, "update": update})
@@ -127,7 +128,7 @@ class DynamicLabelSmoothing(TensorState):
         self.ignore_index = plain_number(ignore_index)
         self.alpha = Ramp.of(DEFAULT_ALPHA[mode] if alpha is None else alpha)
         self.smooth_soft_targets = alpha is not None
-        self.step = 0
+        self.step = self._step_before = 0
         self._looked = False
         self.means = ClassMeans(self.momentum, update, sync) if mode == "class_mean" else None
         self.past = PastPredictions(num_samples, sync) if num_samples is not None else None
@@ -198,7 +199,7 @@ class DynamicLabelSmoothing(TensorState):
         """
         # Where looking at the values makes the host wait, once is enough.
         target = checked_target(logits, target, self.ignore_index, wait=not self._looked)
-        self._looked = True
+        self._looked, self._step_before = True, self.step
         if not self.training or self._is_idle:
             return cross_entropy(logits, target, self.ignore_index)
         self._check_source(logits, target, index)
@@ -207,6 +208,10 @@ class DynamicLabelSmoothing(TensorState):
         if self.source is None and not may_hold_infinity(logits):
             return cross_entropy(logits, target, self.ignore_index, alpha)
         return self._towards_the_source(logits, target, index, alpha)
+
+    def repeat_step(self) -> None:
+        """Let the next call be one more of the step that the last one was, as for the two labels of MixUp."""
+        self.step = self._step_before
 
     def _check_source(self, logits: Tensor, target: Tensor, index: Tensor | None) -> None:
         if self.source is None:
@@ -239,11 +244,11 @@ class DynamicLabelSmoothing(TensorState):
 
     def tensor_state(self) -> dict[str, Tensor]:
         """Return the step, and the statistics if the number of classes is known."""
-        return {"step": torch.tensor(self.step), **(self.means.state() if self.means else {})}
+        return super().tensor_state() | (self.means.state() if self.means else {})
 
     def load_tensor_state(self, state: Mapping[str, Any]) -> None:
         """Restore the step and, unless it is the first, the statistics; called by ``load_state_dict``."""
-        self.step = int(state["step"])
+        super().load_tensor_state(state)
         if self.means is not None:
             self.means.restore(state if self.step else {})
 

@@ -34,6 +34,7 @@ class Candidates:
         self._modules = names = {name: module for name, module in model.named_modules() if name}
         kinds = Counter(type(module) for module in model.modules())
         self._nests = {name for name, module in names.items() if not is_container(module) and kinds[type(module)] > 1}
+        self._shared = _with_several_names(model)
         self._kinds_seen: set[type] = set()
         self._activated, self._repeated = _layers_soon_replaced(model)
         self._ended: dict[str, Sighting | None] = {}
@@ -131,6 +132,8 @@ class Candidates:
 
     def _replaces(self, later: Sighting, earlier: Sighting, level: bool) -> bool:
         """Whether an output is certain to be preferred to an earlier one."""
+        if later.name in self._shared:
+            return False  # the module is likely to be called again, and then is no stage
         if level and not self._sure(later, earlier):
             return False
         if self._time[earlier] < self._classified <= self._time[later]:
@@ -215,6 +218,12 @@ class _Blocks:
 
     def _at_one_resolution(self) -> list[type]:
         return [kind for kind in self._names if len({sighting.cells for sighting in self._seen[kind]}) < 2]
+
+
+def _with_several_names(model: nn.Module) -> set[str]:
+    """Return the first names of the modules that are at several places of the model."""
+    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    return {name for name, module in model.named_modules() if places[module] > 1}
 
 
 def _layers_soon_replaced(model: nn.Module) -> tuple[set[str], set[str]]:

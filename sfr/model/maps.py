@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from torch import Tensor, nn
 
 from sfr.model.formats import View, as_map
+from sfr.model.graph import names_behind
 from sfr.model.layouts import check_batches
 from sfr.model.reading import assumed_view
 from sfr.model.record import known_record
@@ -32,6 +33,25 @@ class Maps:
         """
         return {name: self._map_of(name, feature) for name, feature in features.items()}
 
+    def of_step(self, features: Mapping[str, Tensor], logits: Tensor | None) -> tuple[dict[str, Tensor], list[str]]:
+        """Return the maps of a training step, and the names of those whose gradient can take that of their nodes along.
+
+        Through the logits every stage they were computed from gets a gradient. It is taken at the very output of the
+        stage, which the map therefore has to be.
+
+        Args:
+            features: stage outputs.
+            logits: those of the step; None if its loss is of something else, through which a stage may get none.
+
+        Raises:
+            ValueError: naming the stage, if its output cannot be read, or is not of the batch of the logits.
+        """
+        self._check(features, None if logits is None else len(logits))
+        maps = self.of(features)
+        if logits is None:
+            return maps, []
+        return maps, names_behind(logits, {name: each for name, each in features.items() if maps[name] is each})
+
     def _map_of(self, name: str, feature: Tensor) -> Tensor:
         view = self.view_of(name, feature)
         try:
@@ -55,7 +75,7 @@ class Maps:
         order = known_record(self._model).recorder.order
         return order if set(names) <= set(order) else list(names)
 
-    def check(self, features: Mapping[str, Tensor], batch: int | None) -> None:
+    def _check(self, features: Mapping[str, Tensor], batch: int | None) -> None:
         """Raise a ``ValueError`` unless all stages have one batch size that fits the logits, if theirs is known."""
         views = {name: self.view_of(name, feature) for name, feature in features.items()}
         check_batches({name: (tuple(features[name].shape), view.layout) for name, view in views.items()}, batch)

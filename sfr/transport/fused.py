@@ -12,7 +12,16 @@ TINY = tl.constexpr(1e-30)
 UNCHANGED = tl.constexpr(1e-7)  # a problem ends once its cost changes no more than this, relatively, in ten iterations
 
 
-def fused_plan(cost: Tensor, a: Tensor | None, b: Tensor | None, *, beta: float, iterations: int) -> Tensor:
+def fused_plan(
+    cost: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    *,
+    beta: float,
+    iterations: int,
+    plan: Tensor | None = None,
+    values: Tensor | None = None,
+) -> Tensor:
     """Return the plans of :func:`sfr.transport.proximal.proximal_plan`, in one launch.
 
     One program solves one problem, held in its registers. It also scales costs and masses, rounds the plan onto the
@@ -24,12 +33,14 @@ def fused_plan(cost: Tensor, a: Tensor | None, b: Tensor | None, *, beta: float,
         a: float32 masses of any sum, shape (B, N), or None for 1/N.
         b: float32 masses of the same sum, shape (B, M), or None for 1/M.
         beta, iterations: see :func:`sfr.transport.proximal.proximal_plan`.
+        plan: takes the plans, contiguous, of the shape of the costs, float32; default a new tensor.
+        values: takes the costs under the plans, (B,), contiguous, float32, if they are wanted.
 
     Returns:
         Plans of shape (B, N, M), float32.
     """
     batch, n, m = cost.shape
-    plan = torch.empty((batch, n, m), dtype=torch.float32, device=cost.device)
+    plan = torch.empty((batch, n, m), dtype=torch.float32, device=cost.device) if plan is None else plan
     if batch == 0:
         return plan
     cost = cost.contiguous()
@@ -39,12 +50,14 @@ def fused_plan(cost: Tensor, a: Tensor | None, b: Tensor | None, *, beta: float,
         cost if a is None else a.contiguous(),
         cost if b is None else b.contiguous(),
         plan,
+        plan if values is None else values,
         n,
         m,
         beta,
         iterations,
         HAS_A=a is not None,
         HAS_B=b is not None,
+        HAS_VALUES=values is not None,
         BLOCK_N=block_n,
         BLOCK_M=block_m,
         num_warps=max(1, block_n * block_m // 512),  # 16 entries of a matrix per thread: the most without spilling
@@ -59,16 +72,18 @@ def proximal_kernel(  # type: ignore[no-untyped-def]
     a_ptr,
     b_ptr,
     plan_ptr,
+    values_ptr,
     n,
     m,
     beta,
     iterations,
     HAS_A: tl.constexpr,
     HAS_B: tl.constexpr,
+    HAS_VALUES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Solve problem number `program_id(0)`: costs (N, M), masses (N,) and (M,) if given, plan (N, M)."""
+    """Solve problem number `program_id(0)`: costs (N, M), masses (N,) and (M,) if given, plan (N, M) and its cost."""
     problem = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK_N)
     j = tl.arange(0, BLOCK_M)
@@ -107,6 +122,9 @@ def proximal_kernel(  # type: ignore[no-untyped-def]
     plan = rounded(plan, rows, columns)
     plan = tl.where(sound, plan, rows[:, None] * columns[None, :])
     tl.store(plan_ptr + offsets, plan * mass, mask=inside)
+    if HAS_VALUES:
+        cost = tl.load(cost_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        tl.store(values_ptr + problem, total(plan * mass * cost))
 
 
 @triton.jit

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
@@ -67,6 +68,34 @@ class Head(nn.Module):
 
     def forward(self, x):
         return self.fc(x.mean((2, 3)) if x.ndim == 4 else x.mean(1))
+
+
+class SideBySide(nn.Module):
+    """Two maps that exchange what they hold, and then go through one and the same layer, as in CoaT."""
+
+    def __init__(self):
+        super().__init__()
+        self.large, self.small = conv(), conv()
+        self.after_large = self.after_small = conv()
+
+    def forward(self, large, small):
+        large, small = self.large(large), self.small(small)
+        large, small = large + F.interpolate(small, scale_factor=2.0), small + F.interpolate(large, scale_factor=0.5)
+        return large + self.after_large(large), small + self.after_small(small)
+
+
+class TwoLevels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.stride = stem(), nn.Conv2d(16, 16, 3, 2, 1)
+        self.blocks = nn.ModuleList(times(8, SideBySide))
+
+    def forward(self, x):
+        large = self.stem(x)
+        small = self.stride(large)
+        for block in self.blocks:
+            large, small = block(large, small)
+        return F.interpolate(large, scale_factor=0.5) + small
 
 
 class Functional(nn.Module):
@@ -145,6 +174,7 @@ MODELS = {
     "frozen transformer": lambda: frozen(nn.Sequential(Patches(), *times(40, attention)), Head(32)),
     "frozen hierarchy": lambda: frozen(hierarchy(), Head(64)),
     "frozen ResNet-50": frozen_resnet,
+    "levels that share a layer": lambda: nn.Sequential(TwoLevels(), Head()),
     "ResNet-18": lambda: models.resnet18(num_classes=10),
 }
 

@@ -1,0 +1,70 @@
+"""LabelTerm: what the labels ask of the network in one step, by the method's own loss or by one of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from sfr.config import SFRConfig
+from sfr.labels.cross_entropy import cross_entropy
+from sfr.labels.fitted import fitted
+from sfr.labels.smoothing import DynamicLabelSmoothing
+from sfr.labels.targets import checked_target
+from sfr.model.outputs import part_with_graph, the_logits
+
+
+@dataclass(frozen=True)
+class LabelTerm:
+    """The label term of a criterion.
+
+    Args:
+        labels: the method's own loss.
+        label_loss: takes its place, or None. It is called with the output of the model and the target as they are.
+        config: the switches of the criterion.
+    """
+
+    labels: DynamicLabelSmoothing
+    label_loss: Callable[[Any, Any], Tensor] | None
+    config: SFRConfig
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether a step exchanges something with the other ranks, if there are any."""
+        return self.label_loss is None and self.labels.exchanges
+
+    def logits_in(self, output: Any) -> Tensor:
+        """Return the logits in the output of the model; for a loss of the user's own, any part of it with a graph."""
+        return the_logits(output) if self.label_loss is None else part_with_graph(output)
+
+    def of_step(self, output: Any, target: Any, index: Tensor | None, *, again: bool) -> Tensor:
+        """Return the label term of a training step, 0-d; `again` if it is one more call of the same step."""
+        if self.label_loss is not None:
+            return self.plain(output, target)
+        if again:
+            self.labels.repeat_step()
+        return self.labels(the_logits(output), target, index)
+
+    def plain(self, output: Any, target: Any) -> Tensor:
+        """Return the loss without the method, 0-d: cross-entropy, or what was given for it.
+
+        Raises:
+            TypeError, ValueError: for an output or target of the wrong kind, shape or range, or if the loss of the
+                user's own does not return a 0-d tensor.
+        """
+        if self.label_loss is None:
+            logits, ignore_index = the_logits(output), self.config.ignore_index
+            return cross_entropy(logits, checked_target(logits, target, ignore_index), ignore_index)
+        loss = self.label_loss(output, target)
+        if not isinstance(loss, Tensor) or loss.ndim:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"label_loss must return a 0-d tensor; got {got}")
+        return loss
+
+    def gate(self, output: Any, target: Any) -> Tensor | None:
+        """Return how far the labels of each image are fitted, (B,); None if the feature term counts in full."""
+        if self.config.gate == "none" or self.label_loss is not None:
+            return None
+        return fitted(the_logits(output), target, self.config.ignore_index)
