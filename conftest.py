@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-OPTIONAL = {"numba": "sfr/transport/assignment.py", "triton": "sfr/transport/fused.py"}
-collect_ignore = [path for package, path in OPTIONAL.items() if not find_spec(package)]
+OPTIONAL = {
+    "numba": ["sfr/transport/assignment.py"],
+    "triton": ["sfr/transport/fused.py", "sfr/feature/fused.py", "sfr/feature/kernels.py"],
+}
+collect_ignore = [path for package, paths in OPTIONAL.items() if not find_spec(package) for path in paths]
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # has to be set before Triton is imported
