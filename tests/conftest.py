@@ -1,11 +1,18 @@
 """Shared by all tests: one thread per worker, fixed seeds, small models."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
 
 torch.set_num_threads(1)
 collect_ignore = ["shared"]  # no doctests in what other tests import
+
+
+def pytest_collection_finish() -> None:
+    """Frameworks and tests stay: a collection of garbage, which some tests ask for, need not look at them."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
