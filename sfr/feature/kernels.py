@@ -238,7 +238,7 @@ def extremes(tile, largest, strange):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def unit_length(squares, count, peak):  # type: ignore[no-untyped-def]
-    """Return what brings nodes to length 1, the squared length then, and 1 where it is 1: see sfr.feature.directions."""
+    """Return what brings nodes to length 1, their squared length then, and 1 where it is 1, as directions() does."""
     least = tl.where(peak < TINY, 1.0, SHORTEST * tl.sum(squares, axis=0) / count)
     factor = 1.0 / tl.sqrt(tl.maximum(squares, least))
     return factor, squares * factor * factor, tl.where(squares > least, 1.0, 0.0)
