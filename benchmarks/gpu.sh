@@ -1,17 +1,59 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in one command: bash benchmarks/gpu.sh [folder of CIFAR-100's Parquet files]
-# Correctness of the device's paths first, then the solvers, then what a training step costs: about ten minutes.
-# With the folder also the accuracy of ResNet-18 over 200 epochs, arm by arm: hours, resumed by the same command.
+# What only a GPU can show, in order of worth, within a budget of time; what is done is kept and not run again.
+#
+#     bash benchmarks/gpu.sh [--minutes 9] [--out benchmarks/results/gpu] [--data-dir FOLDER] [--tiny]
+#
+# FOLDER holds CIFAR-100's Parquet files; without it there is no accuracy. --tiny tries every line on the CPU.
 set -euo pipefail
-data=${1:+$(cd "$1" && pwd)}
+minutes=9 out="" data="" tiny=""
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --minutes) minutes=$2 && shift 2 ;;
+        --out) out=$2 && shift 2 ;;
+        --data-dir) data=$(cd "$2" && pwd) && shift 2 ;;
+        --tiny) tiny=1 && shift ;;
+        *) echo "unknown: $1; see the first lines of $0" >&2 && exit 2 ;;
+    esac
+done
+mkdir -p "${out:=$(dirname "$0")/results/gpu}"
+out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
-python -m pytest -p no:cacheprovider tests/test_gpu.py tests/transport/test_fused.py
-python -m benchmarks.transport --device cuda --batch-size 256
-overhead=(python -m benchmarks.step_cost.overhead --device cuda --precision bf16 --channels-last --repeats 50)
-"${overhead[@]}" --models resnet18 --output benchmarks/results/overhead-cuda-resnet18.json
-"${overhead[@]}" --models resnet50 --image-size 224 --output benchmarks/results/overhead-cuda-resnet50-224.json
+
+part() { # NAME FILE COMMAND...: run it unless its file is there; what it writes to is $file
+    local name=$1 file=$out/$2 left=$((minutes * 60 - SECONDS)) status=0
+    shift 2
+    if [ -e "$file" ]; then
+        echo "== $name: done before"
+    elif [ "$left" -lt 30 ]; then
+        echo "== $name: left for the next call, the budget of $minutes minutes is spent"
+    else
+        echo "== $name (${SECONDS}s)"
+        timeout --signal=INT --kill-after=20 "$left" "${@//@FILE/$file}" || status=$?
+        [ "$status" = 0 ] || echo "== $name: ended with $status"
+        [ "$status" = 124 ] || [ "$status" = 0 ] || failed+=("$name")
+    fi
+}
+
+failed=()
+device=cuda precision=bf16 small=(resnet18:32:128) large=(resnet50:224:64 vit_small_patch16_224:224:64)
+repeats=(--repeats 30) solvers=(--batch-size 256) accuracy=(--plan gpu)
+if [ -n "$tiny" ]; then
+    device=cpu precision=fp32 small=(resnet8:16:4) large=(resnet18:64:2 vit_tiny_patch16_224:32:2)
+    repeats=(--repeats 1 --train-steps 1) solvers=(--quick --batch-size 2 --repeats 1 --budget 0.01 --limit 0.02)
+    accuracy=(--schedule smoke --model resnet8 --seeds 0)
+fi
+cost=(python -m benchmarks.step_cost.overhead --device "$device" --precision "$precision" --channels-last "${repeats[@]}")
+part correctness tests.xml python -m pytest -p no:cacheprovider --junit-xml @FILE tests/test_gpu.py
+part "a step of ResNet-18" step-resnet18.json "${cost[@]}" --models "${small[@]}" --output @FILE
+part "a step of ResNet-50 and a ViT" step-large.json "${cost[@]}" --models "${large[@]}" --output @FILE
+part "compiled steps" step-compiled.json "${cost[@]}" --compile --models "${small[@]}" --output @FILE
+part solvers transport.json python -m benchmarks.transport --device "$device" "${solvers[@]}" \
+    --output @FILE --plot "$out/transport.png"
 if [ -n "$data" ]; then
-    python -m benchmarks.accuracy --device cuda --data-dir "$data" --plan gpu
-    python -m benchmarks.step_cost.arm_costs --device cuda --data-dir "$data" --schedule full-200 --model resnet18
-    python -m benchmarks.accuracy.report
+    part accuracy all-cells python -m benchmarks.accuracy --device "$device" --data-dir "$data" "${accuracy[@]}" \
+        --results "$out/accuracy" --cache "$out/cache"
+fi
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "failed: ${failed[*]}"
+    exit 1
 fi

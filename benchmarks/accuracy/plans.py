@@ -27,6 +27,7 @@ SCHEDULES = {
     "noise40-16px": Schedule(epochs=60, per_class=100, image_size=16, label_noise=0.4),
     "full-30": Schedule(epochs=30),
     "full-30-16px": Schedule(epochs=30, image_size=16),
+    "full-60": Schedule(epochs=60),
     "full-200": Schedule(epochs=200),
     "few-16px": Schedule(epochs=60, per_class=50, image_size=16, precision="fp32"),
     "full-5-16px": Schedule(epochs=5, image_size=16, precision="fp32"),
@@ -161,6 +162,7 @@ PLANS = {
         Round("tenth", "test", range(3), ("byot", *MAIN)),
     ],
     "gpu": [
+        Round("full-60", "test", range(3), ("vanilla", "sfr", UNGATED), "resnet18"),
         Round("full-200", "test", range(3), MAIN, "resnet18"),
         Round("full-200", "test", range(5), comparable(PEERS, 32), "resnet18"),
         Round("full-200", "test", range(3), tuple(LADDER), "resnet18"),

@@ -72,21 +72,35 @@ def test_the_teacher_of_kdep_is_trained_by_a_command_that_the_example_takes(tmp_
     assert args.data_dir == (data_dir and data_dir.resolve())
 
 
-@pytest.mark.parametrize("with_data", [False, True])
-def test_the_script_of_the_gpu_runs_commands_that_there_are(tmp_path, monkeypatch, with_data):
+@pytest.mark.parametrize("arguments", [[], ["--data-dir", "data"], ["--tiny", "--data-dir", "data"]], ids=str)
+def test_the_script_of_the_gpu_runs_commands_that_there_are(tmp_path, monkeypatch, arguments):
     """A dry run: `python` is a program that notes how it was called."""
-    (tmp_path / "bin").mkdir()
-    python = tmp_path / "bin" / "python"
-    python.write_text(f"#!/bin/sh\nprintf '%s\\n' \"python $*\" >> {tmp_path}/calls\n")
-    python.chmod(0o755)
-    (tmp_path / "data").mkdir()
-    environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
-    script = ["bash", str(ROOT / "benchmarks/gpu.sh"), *(["data"] if with_data else [])]
-    subprocess.run(script, cwd=tmp_path, env=environment, check=True)
-    tests, *calls = (tmp_path / "calls").read_text().splitlines()
-    for file in tests.split()[-2:]:
-        assert (ROOT / file).exists()
+    calls = of_the_gpu(tmp_path, *arguments)
+    tests, *calls = calls.splitlines()
+    assert (ROOT / tests.split()[-1]).exists()
     for call in calls:
         check(call, monkeypatch)
-    assert len(calls) == (6 if with_data else 3)
-    assert all(f"{tmp_path}/data" in call for call in calls if "accuracy " in call or "arm_costs" in call)
+    assert len(calls) == (5 if arguments else 4)
+    assert all(f"{tmp_path}/data" in call for call in calls if "accuracy " in call)
+
+
+def test_the_script_of_the_gpu_keeps_what_is_done_and_ends_at_its_budget(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/tests.xml").touch()
+    (tmp_path / "results/step-large.json").touch()
+    assert len(of_the_gpu(tmp_path).splitlines()) == 3
+    assert of_the_gpu(tmp_path, "--minutes", "0") == ""
+
+
+def of_the_gpu(folder, *arguments):
+    """Return the calls of `python` that the script makes, in a folder that keeps its results."""
+    (folder / "bin").mkdir(exist_ok=True)
+    (folder / "data").mkdir(exist_ok=True)
+    python, calls = folder / "bin" / "python", folder / "calls"
+    python.write_text(f"#!/bin/sh\nprintf '%s\\n' \"python $*\" >> {calls}\n")
+    python.chmod(0o755)
+    calls.write_text("")
+    environment = os.environ | {"PATH": f"{folder}/bin:{os.environ['PATH']}"}
+    script = ["bash", str(ROOT / "benchmarks/gpu.sh"), "--out", "results", *arguments]
+    subprocess.run(script, cwd=folder, env=environment, check=True)
+    return calls.read_text()
