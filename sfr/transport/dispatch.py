@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from sfr.checks import check_choice, check_number
 from sfr.config import Solver
 from sfr.transport.exact import exact_plan, permutation_plan
 from sfr.transport.fallback import OptionalSolver
+from sfr.transport.problem import Problem, masses_of, plan_dtype
 from sfr.transport.proximal import proximal_plan
 from sfr.transport.scaling import duality_gap, of_unit_size
 from sfr.transport.sinkhorn import sinkhorn_plan
@@ -129,7 +130,7 @@ def certified(
         raise ValueError("solver must be 'auto', 'proximal' or 'sinkhorn' for a certificate; got 'exact'")
     batch = _checked(cost, solver, epsilon, beta, iterations)
     with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
-        problem = _Problem.of(batch, a, b)
+        problem = Problem.of(batch, a, b)
         name: Solver = "proximal" if solver == "auto" else solver
         unit, _ = of_unit_size(problem.cost)
         plan, potentials = _iterated(replace(problem, cost=unit), name, epsilon, beta, iterations)
@@ -195,7 +196,7 @@ def _plan(
             plan = _try_fused(cost, a, b, beta, iterations)
             if plan is not None:
                 return plan
-        problem = _Problem.of(cost, a, b)
+        problem = Problem.of(cost, a, b)
         if solver == "exact":
             plan = exact_plan(problem.cost, problem.rows, problem.columns, uniform=problem.uniform)
         else:
@@ -216,8 +217,8 @@ def _fits_fused(cost: Tensor) -> bool:
 
 def _try_fused(cost: Tensor, a: Tensor | None, b: Tensor | None, beta: float | None, iterations: int) -> Tensor | None:
     """Return the plans of the Triton kernel, or None if it cannot be compiled or started here."""
-    rows = None if a is None else _masses("a", a, cost.float(), cost.shape[1])
-    columns = None if b is None else _masses("b", b, cost.float(), cost.shape[2])
+    rows = None if a is None else masses_of("a", a, cost.float(), cost.shape[1])
+    columns = None if b is None else masses_of("b", b, cost.float(), cost.shape[2])
     beta = beta or _default_beta(cost, uniform=a is None and b is None)
     return fused_solver(cost, rows, columns, beta=beta, iterations=iterations)
 
@@ -228,46 +229,11 @@ _compiled_plan = torch.library.custom_op("sfr::transport_plan", _plan, mutates_a
 
 @_compiled_plan.register_fake
 def _(cost: Tensor, *_: Any) -> Tensor:
-    return cost.new_empty(cost.shape, dtype=_dtype(cost))
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """A batch of problems that any solver can take: finite costs, float32 or float64, and masses that sum to 1."""
-
-    cost: Tensor
-    rows: Tensor
-    columns: Tensor
-    mass: Tensor | None  # what the masses summed to, (B, 1, 1); None for uniform masses of sum 1
-    finite: Tensor | None  # which problems had finite costs, (B, 1, 1); None if all
-    uniform: bool
-
-    @classmethod
-    def of(cls, cost: Tensor, a: Tensor | None, b: Tensor | None) -> _Problem:
-        cost = cost.to(_dtype(cost))
-        # One pass where the host may look at the result; a sum that overflows leaves the decision to the second.
-        sound = cost.device.type == "cpu" and bool(cost.sum(dim=(1, 2)).isfinite().all())
-        finite = None if sound else cost.abs().amax(dim=(1, 2), keepdim=True).isfinite()
-        if finite is not None:
-            cost = torch.where(finite, cost, 0.0)
-        rows, columns = _masses("a", a, cost, cost.shape[1]), _masses("b", b, cost, cost.shape[2])
-        uniform = a is None and b is None
-        if cost.device.type == "cpu" and not uniform:  # on the CPU reading the sums costs no wait
-            _check_equal_mass(rows, columns, _rounding(cost, a, b))
-        mass = rows.sum(dim=1, keepdim=True)
-        return cls(
-            cost, _normalised(rows), _normalised(columns), None if uniform else mass[:, :, None], finite, uniform
-        )
-
-    def finished(self, plan: Tensor) -> Tensor:
-        """Return the plan with the masses asked for, and the independent coupling where the cost is not finite."""
-        if self.finite is not None:
-            plan = torch.where(self.finite, plan, self.rows[:, :, None] * self.columns[:, None, :])
-        return plan if self.mass is None else plan * self.mass
+    return cost.new_empty(cost.shape, dtype=plan_dtype(cost))
 
 
 def _iterated(
-    problem: _Problem, solver: str, epsilon: float, beta: float | None, iterations: int
+    problem: Problem, solver: str, epsilon: float, beta: float | None, iterations: int
 ) -> tuple[Tensor, Tensor]:
     """Return plans, (B, N, M), and potentials of the columns, (B, M)."""
     cost, rows, columns = problem.cost, problem.rows, problem.columns
@@ -279,61 +245,3 @@ def _iterated(
 
 def _default_beta(cost: Tensor, *, uniform: bool) -> float:
     return 1.0 if uniform and cost.shape[1] == cost.shape[2] else 2.0
-
-
-def _dtype(cost: Tensor) -> torch.dtype:
-    return cost.dtype if cost.dtype == torch.float64 else torch.float32
-
-
-def _masses(argument: str, masses: Tensor | None, batch: Tensor, size: int) -> Tensor:
-    """Expand the masses of one side to (B, size), checked as far as that costs no wait for the device."""
-    count = batch.shape[0]
-    if masses is None:
-        return batch.new_full((count, size), 1.0 / size)
-    if not isinstance(masses, Tensor):
-        raise TypeError(f"{argument} must be a tensor; got {type(masses).__name__}")
-    if masses.shape not in ((size,), (count, size)):
-        raise ValueError(f"{argument} must have shape ({count}, {size}) or ({size},); got {tuple(masses.shape)}")
-    if masses.is_complex():
-        raise TypeError(f"{argument} must hold real numbers; got {masses.dtype}")
-    masses = masses.detach().to(batch)
-    if masses.device.type == "cpu":
-        wrong = masses[~((masses >= 0) & masses.isfinite())]
-        if len(wrong):
-            raise ValueError(f"{argument} must hold finite masses >= 0; got {wrong[0].item()} (as {masses.dtype})")
-    return masses.expand(count, size)
-
-
-def _rounding(cost: Tensor, *masses: Tensor | None) -> float:
-    """Return how far sums of masses meant to be equal may differ, relatively.
-
-    Storing masses rounds each to their dtype; computing and normalising them in float32 (or float64) adds some more,
-    which grows with the number of terms.
-    """
-    dtypes = [each.dtype for each in masses if each is not None and each.is_floating_point()]
-    stored = max(torch.finfo(dtype).eps for dtype in [cost.dtype, *dtypes])
-    computed = min(stored, torch.finfo(torch.float32).eps)
-    return 2 * stored + computed * (16 + sum(cost.shape[1:]) ** 0.5)
-
-
-def _check_equal_mass(rows: Tensor, columns: Tensor, tolerance: float) -> None:
-    """Refuse marginals that no plan can have, and sums that overflow the dtype of the plan."""
-    of_rows, of_columns = (side.sum(dim=1, dtype=torch.float64) for side in (rows, columns))
-    finfo = torch.finfo(rows.dtype)
-    larger = torch.maximum(of_rows, of_columns)
-    allowed = tolerance * larger.clamp_min(finfo.tiny)
-    differs = ((of_rows - of_columns).abs() > allowed) | ~(larger <= finfo.max)
-    if differs.any():
-        problem = int(differs.nonzero()[0])
-        sums = [side[problem].item() for side in (of_rows, of_columns)]
-        digits = 6 if f"{sums[0]:.6g}" != f"{sums[1]:.6g}" else 17
-        raise ValueError(
-            f"a and b must have the same, finite sum; in problem {problem} they sum to {sums[0]:.{digits}g} and "
-            f"{sums[1]:.{digits}g}, which differ by more than rounding or overflow {rows.dtype}: divide each by its sum"
-        )
-
-
-def _normalised(masses: Tensor) -> Tensor:
-    """Scale each row to sum 1; a row without any mass becomes uniform (its plan is scaled back to zero)."""
-    total = masses.sum(dim=1, keepdim=True)
-    return torch.where(total > 0, masses / torch.where(total > 0, total, 1.0), 1.0 / masses.shape[1])
