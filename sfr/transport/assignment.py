@@ -63,16 +63,12 @@ def assign(costs: Floats, plans: Floats, prices: Floats) -> None:
     column, scaled = np.empty(size, np.int32), np.empty((size, size), np.float32)
     for problem in range(len(costs)):
         cost, price, plan = costs[problem], prices[problem], plans[problem]
-        largest = column_minima(cost, price, previous)
-        if largest >= INFINITE_BITS:
+        unit = price_columns(cost, scaled, price, previous)
+        if unit == 0:
             fill(plan, share * share)
             continue
-        unit = np.float32(1)
-        if largest < SMALL_BITS or largest > LARGE_BITS:
-            unit = SMALL if largest < SMALL_BITS else LARGE
-            divide(cost, unit, scaled)
+        if unit != 1:
             cost = scaled
-            column_minima(cost, price, previous)
         match_greedily(cost, price, column, rows, previous, distance)
         for j in range(size):
             owned[j] = NEVER if rows[j] >= 0 else ALWAYS
@@ -85,9 +81,17 @@ def assign(costs: Floats, plans: Floats, prices: Floats) -> None:
 
 
 def load(*, cached: bool) -> Callable[[Floats, Floats, Floats], None]:
-    """Return :func:`assign`, compiled and tried on a small problem.
+    """Return :func:`assign`, compiled and tried on a small problem; see :func:`tried`."""
+    return tried(assign, [[2, 1, 3], [1, 3, 2], [3, 2, 1]], [1, 0, 2], cached=cached)
+
+
+def tried(kernel: Any, cost: list[list[int]], columns: list[int], *, cached: bool) -> Callable[..., None]:
+    """Return a solver, compiled and tried on a small problem.
 
     Args:
+        kernel: the solver, as decorated by numba.
+        cost: a problem, N lists of M costs.
+        columns: the column of each row in its only optimum.
         cached: read the machine code from numba's cache on disk. If it is not there, which is so once per machine and
             release, compile it, write it there, and log one line that says so.
 
@@ -97,12 +101,13 @@ def load(*, cached: bool) -> Callable[[Floats, Floats, Floats], None]:
     if getattr(config, "DISABLE_JIT", False):  # in Python it would be slower than scipy
         raise RuntimeError("numba's compiler is switched off (NUMBA_DISABLE_JIT)")
     start = time.perf_counter()
-    solver = njit(cache=True, **OPTIONS)(assign.py_func) if cached else assign
-    plans, prices = np.zeros((1, 3, 3), np.float32), np.empty((1, 3), np.float32)
-    solver(np.array([[[2, 1, 3], [1, 3, 2], [3, 2, 1]]], np.float32), plans, prices)
-    columns = plans.argmax(axis=2)
-    if columns.tolist() != [[1, 0, 2]]:
-        raise RuntimeError(f"it found {columns.tolist()} where [[1, 0, 2]] is right")
+    solver = njit(cache=True, **OPTIONS)(kernel.py_func) if cached else kernel
+    costs = np.array([cost], np.float32)
+    plans, prices = np.zeros_like(costs), np.empty((1, costs.shape[2]), np.float32)
+    solver(costs, plans, prices)
+    found = plans.argmax(axis=2).tolist()
+    if found != [columns]:
+        raise RuntimeError(f"it found {found} where {[columns]} is right")
     if cached and not solver.stats.cache_hits:
         seconds = time.perf_counter() - start
         logger.warning("compiled the transport solver in %.1f s; numba's cache on this machine keeps it", seconds)
@@ -116,16 +121,30 @@ def bits(value: np.float32) -> Any:
 
 
 @compiled
-def divide(cost: Floats, divisor: np.float32, result: Floats) -> None:
+def price_columns(cost: Floats, scaled: Floats, prices: Floats, cheapest: Ints) -> Any:
+    """Price each column at its cheapest entry, write that entry's row into `cheapest`, and return the unit of prices.
+
+    It is 0 if the costs are not finite, and 1 if they are to be taken as they are. Otherwise `scaled` is the cost in
+    that unit.
+    """
+    largest = column_minima(cost, prices, cheapest)
+    if largest >= INFINITE_BITS:
+        return np.float32(0)
+    if SMALL_BITS <= largest <= LARGE_BITS:
+        return np.float32(1)
+    unit = SMALL if largest < SMALL_BITS else LARGE
     for row in range(len(cost)):
-        for j in range(len(cost)):
-            result[row, j] = cost[row, j] / divisor
+        for j in range(len(prices)):
+            scaled[row, j] = cost[row, j] / unit
+    column_minima(scaled, prices, cheapest)
+    return unit
 
 
 @compiled
 def fill(plan: Floats, value: np.float32) -> None:
-    for row in range(len(plan)):
-        for j in range(len(plan)):
+    """Make all entries equal."""
+    for row in range(plan.shape[0]):
+        for j in range(plan.shape[1]):
             plan[row, j] = value
 
 
@@ -141,15 +160,15 @@ def match_greedily(cost: Floats, prices: Floats, column: Ints, rows: Ints, cheap
 
 @compiled
 def column_minima(cost: Floats, prices: Floats, cheapest: Ints) -> Any:
-    """Price each column at its cheapest entry, write that entry's row into `cheapest`, and return a measure of size.
+    """Do as :func:`price_columns` does for costs of any size, and return the bits of the largest absolute cost.
 
-    It is the bits of the largest absolute cost: those of infinity or more if a cost is not finite.
+    They are those of infinity or more if a cost is not finite.
     """
     size, largest = len(prices), np.int32(0)
     for j in range(size):
         prices[j], cheapest[j] = INFINITY, 0
-    for row in range(0, size, 2):  # two rows at a time: half the reads and writes of the prices
-        upper, lower = np.int32(row), np.int32(min(row + 1, size - 1))
+    for row in range(0, len(cost), 2):  # two rows at a time: half the reads and writes of the prices
+        upper, lower = np.int32(row), np.int32(min(row + 1, len(cost) - 1))
         for j in range(size):
             above, below = cost[upper, j], cost[lower, j]
             largest = max(largest, max(bits(above) & NEVER, bits(below) & NEVER))

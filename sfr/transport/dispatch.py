@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sfr.checks import check_choice, check_number
 from sfr.config import Solver
-from sfr.transport.exact import exact_plan, permutation_plan
+from sfr.transport.exact import exact_plan, whole_plan
 from sfr.transport.fallback import OptionalSolver
 from sfr.transport.problem import Problem, masses_of, plan_dtype
 from sfr.transport.proximal import proximal_plan
@@ -187,8 +187,8 @@ def _plan(
     """Return the plans of a batch (B, N, M) whose arguments are checked, apart from the masses."""
     if solver == "auto":
         solver = default_solver(cost.device)
-    if solver == "exact" and _is_assignment(cost, a, b):
-        plan = permutation_plan(cost)
+    if solver == "exact" and a is None and b is None and _is_whole(cost):
+        plan = whole_plan(cost)
         if plan is not None:
             return plan
     with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
@@ -204,9 +204,10 @@ def _plan(
         return problem.finished(plan)
 
 
-def _is_assignment(cost: Tensor, a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether an optimal plan is a permutation, and float32 is enough to find it."""
-    return a is None and b is None and cost.shape[1] == cost.shape[2] and cost.dtype != torch.float64
+def _is_whole(cost: Tensor) -> bool:
+    """Whether uniform masses of the larger side need not be split, and float32 is enough to find their plan."""
+    n, m = cost.shape[1:]
+    return (n % m == 0 or m % n == 0) and cost.dtype != torch.float64
 
 
 def _fits_fused(cost: Tensor) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -38,7 +38,7 @@ def exact_plan(cost: Tensor, rows: Tensor, columns: Tensor, *, uniform: bool) ->
     """Return the optimal plans of a batch of problems, computed on the CPU.
 
     With uniform masses and N = M an optimal plan is a permutation (Birkhoff): scipy's assignment solver (Crouse 2016)
-    finds it where :func:`permutation_plan` does not. Every other problem goes to POT's network simplex (Bonneel et al.
+    finds it where :func:`whole_plan` does not. Every other problem goes to POT's network simplex (Bonneel et al.
     2011). Both release the GIL, and large batches are shared out over ``torch.get_num_threads()``.
 
     Args:
@@ -57,42 +57,57 @@ def exact_plan(cost: Tensor, rows: Tensor, columns: Tensor, *, uniform: bool) ->
     return _simplex(cost, rows, columns)
 
 
-def permutation_plan(cost: Tensor) -> Tensor | None:
-    """Return the optimal plans for uniform masses and N = M, by a solver compiled by numba (the extra ``fast``).
+def whole_plan(cost: Tensor) -> Tensor | None:
+    """Return the optimal plans for uniform masses where no node of the larger side need be split.
 
-    It is several times faster than scipy's solver, and sees by itself which costs are finite.
+    Solvers compiled by numba (the extra ``fast``) find them, several times faster than those of scipy and POT, and see
+    by themselves which costs are finite.
 
     Args:
-        cost: shape (B, N, N), of any floating dtype, solved in float32. A problem whose costs are not all finite gets
-            the independent coupling.
+        cost: shape (B, N, M), N a multiple of M or M one of N, of any floating dtype, solved in float32. A problem
+            whose costs are not all finite gets the independent coupling.
 
     Returns:
-        Plans of shape (B, N, N) in float32, on the device of `cost`; or None if numba is missing or does not work.
+        Plans of shape (B, N, M) in float32, on the device of `cost`; or None if numba is missing or does not work.
     """
-    plans = compiled_assignment(np.ascontiguousarray(cost.float().numpy(force=True)))
-    return None if plans is None else torch.from_numpy(plans).to(cost.device)
+    n, m = cost.shape[1:]
+    costs = cost.float() if n >= m else cost.float().mT
+    plans = compiled_assignment(np.ascontiguousarray(costs.numpy(force=True)))
+    if plans is None:
+        return None
+    plan = torch.from_numpy(plans).to(cost.device)
+    return plan if n >= m else plan.mT.contiguous()
 
 
 def _load_assignment() -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    """Return the solver compiled by numba: from numba's cache or, with a warning, without one."""
-    from sfr.transport.assignment import load
+    """Return the solver compiled by numba; its two parts, for N = M and N = kM, are loaded when first needed."""
 
-    try:
-        return partial(_assigned, load(cached=True))
-    except Exception as error:
-        assign = load(cached=False)  # if this fails, too, it was not the cache
-        warnings.warn(f"{NO_CACHE}. The reason: {error!r}", stacklevel=3)
-        return partial(_assigned, assign)
+    @cache
+    def part(square: bool) -> Callable[..., None]:
+        if square:
+            from sfr.transport.assignment import load
+        else:
+            from sfr.transport.semi_assignment import load
+        try:
+            return load(cached=True)
+        except Exception as error:
+            kernel = load(cached=False)  # if this fails, too, it was not the cache
+            warnings.warn(f"{NO_CACHE}. The reason: {error!r}", stacklevel=4)
+            return kernel
+
+    return lambda costs: _assigned(part(costs.shape[1] == costs.shape[2]), costs)
 
 
 compiled_assignment = OptionalSolver(
-    "numba", _load_assignment, "numba does not work here, so scipy solves the transport problems, several times slower"
+    "numba",
+    _load_assignment,
+    "numba does not work here, so scipy and POT solve the transport problems, several times slower",
 )
 
 
 def _assigned(assign: Callable[..., None], costs: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the plans, (B, N, N), of the compiled solver."""
-    plans, prices = np.zeros(costs.shape, np.float32), np.empty(costs.shape[:2], np.float32)
+    plans, prices = np.zeros(costs.shape, np.float32), np.empty(costs.shape[::2], np.float32)
     threads = torch.get_num_threads() if costs.size >= COMPILED_THREADED_FROM else 1
     _in_threads(lambda part: assign(costs[part], plans[part], prices[part]), len(costs), threads)
     return plans

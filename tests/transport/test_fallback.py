@@ -138,7 +138,7 @@ def test_a_numba_that_does_not_work_is_one_warning_and_scipy_solves(
     monkeypatch: pytest.MonkeyPatch, numba: ModuleType, reason: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "numba", numba)
-    assert_one_warning(f"numba does not work here, so scipy solves .* The reason: .*{reason}")
+    assert_one_warning(f"numba does not work here, so scipy and POT solve .* The reason: .*{reason}")
 
 
 @pytest.mark.usefixtures("not_imported")
@@ -146,6 +146,34 @@ def test_without_numba_scipy_solves_and_there_is_no_warning(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "numba", None)
     assert_no_warning()
     assert exact.compiled_assignment.given_up
+
+
+def grouped_optimum(cost: Tensor) -> Tensor:
+    """The least cost of problems (B, N, M), N = kM, with uniform masses: an assignment to k copies of each column."""
+    return optimum(cost.repeat_interleave(cost.shape[1] // cost.shape[2], dim=2))
+
+
+@pytest.mark.usefixtures("not_imported")
+def test_without_numba_pot_solves_where_one_side_has_several_times_as_many_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    cost = torch.rand(3, 12, 4)
+    torch.testing.assert_close((solve(cost) * cost).sum(dim=(1, 2)), grouped_optimum(cost))
+    assert exact.compiled_assignment.given_up
+
+
+@needs_numba
+@pytest.mark.usefixtures("untried")
+def test_a_failure_of_one_compiled_solver_is_one_warning_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*arguments: Any) -> None:
+        raise SystemError("returned NULL without setting an exception")
+
+    monkeypatch.setattr(exact, "_assigned", failing)
+    cost = torch.rand(3, 12, 4)
+    with pytest.warns(UserWarning, match="numba does not work here"):
+        torch.testing.assert_close((solve(cost) * cost).sum(dim=(1, 2)), grouped_optimum(cost))
+    assert_no_warning()
 
 
 @needs_numba
@@ -193,7 +221,7 @@ def test_a_numba_that_cannot_be_imported_is_one_warning_in_the_process(tmp_path:
     )
     assert run.stdout.splitlines() == ["3.0 True"] * 3, run.stderr
     assert run.stderr.count("Warning: ") == 1
-    assert "numba does not work here, so scipy solves the transport problems" in run.stderr
+    assert "numba does not work here, so scipy and POT solve the transport problems" in run.stderr
     assert "Numba needs NumPy 2.3 or less" in run.stderr
 
 

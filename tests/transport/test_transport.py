@@ -363,7 +363,7 @@ def test_batching_changes_no_plan(solver: Any) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 9])
-@pytest.mark.parametrize("m", [4, 6])
+@pytest.mark.parametrize("m", [4, 6, 8])
 def test_number_of_threads_changes_no_exact_plan(monkeypatch: pytest.MonkeyPatch, m: int, threads: int) -> None:
     cost = feature_cost(5, 4, m, 8)
     alone = torch.stack([solve(problem, solver="exact") for problem in cost])
@@ -438,18 +438,29 @@ def test_autocast_changes_no_plan(solver: Any) -> None:
     assert torch.equal(plan, solve(cost, solver=solver))
 
 
+FINITE_CHECKED_BY = {"the dispatch": (4, 5), "the assignment": (5, 5), "its kin": (8, 4), "its transpose": (4, 8)}
+
+
 @both_solvers
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_problem_with_a_cost_not_finite_gets_the_independent_coupling(solver: Any, value: float) -> None:
-    cost, a, b = random_cost(3, 4, 5), random_masses(4, seed=1).float(), random_masses(5, seed=2).float()
+@pytest.mark.parametrize("shape", FINITE_CHECKED_BY.values(), ids=FINITE_CHECKED_BY)
+def test_problem_with_a_cost_not_finite_gets_the_independent_coupling(
+    solver: Any, shape: tuple[int, int], value: float
+) -> None:
+    (n, m), cost = shape, random_cost(3, *shape)
     cost[1, 2, 3] = value
+    torch.testing.assert_close(solve(cost, solver=solver)[1], torch.full(shape, 1 / (n * m)))
+    a, b = random_masses(n, seed=1).float(), random_masses(m, seed=2).float()
     torch.testing.assert_close(solve(cost, a, b, solver)[1], a[:, None] * b[None, :])
 
 
 @both_solvers
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_problem_with_a_cost_not_finite_leaves_the_others_alone(solver: Any, value: float) -> None:
-    cost = random_cost(3, 4, 5)
+@pytest.mark.parametrize("shape", FINITE_CHECKED_BY.values(), ids=FINITE_CHECKED_BY)
+def test_problem_with_a_cost_not_finite_leaves_the_others_alone(
+    solver: Any, shape: tuple[int, int], value: float
+) -> None:
+    cost = random_cost(3, *shape)
     expected = solve(cost, solver=solver)
     cost[1, 2, 3] = value
     assert torch.equal(solve(cost, solver=solver)[[0, 2]], expected[[0, 2]])
@@ -658,10 +669,10 @@ def test_iterations_that_are_no_integer_are_refused(iterations: Any) -> None:
         solve(random_cost(2, 2), iterations=iterations)
 
 
-@pytest.mark.parametrize("masses", [None, "random"])
-def test_several_threads_give_the_plans_of_one(masses: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("masses", "m"), [(None, 40), (None, 10), ("random", 40)])
+def test_several_threads_give_the_plans_of_one(masses: str | None, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact, "COMPILED_THREADED_FROM", 0)
-    cost = random_cost(5, 40, 40, seed=1)
+    cost = random_cost(5, 40, m, seed=1)
     a = None if masses is None else random_masses(5, 40, seed=2)
     before = torch.get_num_threads()
     plans = []
@@ -687,6 +698,50 @@ def test_the_compiled_assignment_costs_what_scipys_does(size: int, kind: str, ex
         assert sorted(found.argmax(axis=1)) == list(range(size))
         best = problem[rows, columns].mean()
         assert (found * problem).sum() == pytest.approx(best, rel=1e-6, abs=1e-6 * abs(problem).max())
+
+
+@needs_numba
+@settings(PROFILE, max_examples=60)
+@given(
+    st.integers(1, 12),
+    st.integers(2, 6),
+    st.booleans(),
+    st.sampled_from([*COSTS, "ties"]),
+    st.integers(-30, 30),
+    st.integers(0, 10**6),
+)
+def test_the_compiled_plan_of_several_nodes_to_one_costs_what_an_assignment_to_copies_does(
+    size: int, times: int, wide: bool, kind: str, exponent: int, seed: int
+) -> None:
+    cost = degenerate_cost(kind, (2, size * times, size), seed)
+    if kind == "ties":
+        cost = (3 * cost).floor()
+    plans = solve(cost.mT * 10.0**exponent).mT if wide else solve(cost * 10.0**exponent)
+    for problem, plan in zip(cost.double(), plans.double(), strict=True):
+        assert ((plan > 0).sum(dim=1) == 1).all()
+        assert ((plan > 0).sum(dim=0) == times).all()
+        copies = problem.repeat_interleave(times, dim=1).numpy()
+        best = copies[linear_sum_assignment(copies)].mean()
+        assert float((plan * problem).sum()) == pytest.approx(best, rel=1e-6, abs=1e-6 * float(problem.abs().max()))
+
+
+@needs_numba
+@pytest.mark.parametrize("kind", ["features", "near ties", "negative", "tiny", "huge"])
+@pytest.mark.parametrize(("n", "m"), [(2, 1), (34, 17), (64, 16), (60, 4)])
+def test_the_compiled_plan_of_several_nodes_to_one_is_optimal_by_duality(kind: str, n: int, m: int) -> None:
+    from sfr.transport.semi_assignment import assign_groups
+
+    cost = feature_cost(5, n, m, 32)
+    if kind == "near ties":
+        cost[:, : n - n // 8] = cost[:, :1] * (1 + 1e-3 * random_cost(5, 1, m))
+    cost = cost * {"negative": -1.0, "tiny": 1e-35, "huge": 1e35}.get(kind, 1.0)
+    plans, prices = torch.zeros(5, n, m), torch.empty(5, m)
+    assign_groups(cost.numpy(), plans.numpy(), prices.numpy())
+    a, b = (torch.full((5, size), 1 / size, dtype=torch.float64) for size in (n, m))
+    primal = cost.double().gather(2, plans.argmax(dim=2, keepdim=True)).mean(dim=(1, 2))
+    scale = cost.double().abs().amax(dim=(1, 2))
+    assert ((primal - dual_value(cost, a, b, prices)).abs() <= 1e-6 * scale).all()
+    assert_feasible(plans, a, b)
 
 
 @pytest.mark.parametrize("numba", [False, pytest.param(True, marks=needs_numba)])
@@ -955,6 +1010,8 @@ def solve_what_is_hard(_: int) -> None:
             for solver in SOLVERS:
                 plan = solve(cost, masses, other, solver, iterations=20)
                 assert plan.isfinite().all(), (name, solver)
+        for plan in (solve(cost[:, :, : size // 4], solver="exact"), solve(cost[:, : size // 4], solver="exact")):
+            assert (plan.count_nonzero(dim=(1, 2)) == size).all(), name
 
 
 def test_no_input_keeps_a_solver_busy_for_ever() -> None:
