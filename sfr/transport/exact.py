@@ -133,17 +133,19 @@ def _scipy_assignment(cost: Tensor) -> NDArray[np.int32]:
 def _simplex(cost: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Return the plans, (B, N, M), for any masses."""
     run = _simplex_solver()
-    cost64 = cost.to("cpu", torch.float64)
+    costs = cost.numpy(force=True)
     # The simplex compares with absolute tolerances: bring costs of any scale to order one.
-    largest = cost64.abs().amax(dim=(1, 2), keepdim=True)
-    costs = (cost64 / torch.where(largest > 0, largest, 1.0)).contiguous().numpy()
+    largest = np.abs(costs).max(axis=(1, 2), initial=0).astype(np.float64)
+    largest[largest == 0] = 1
     a, b = _float64_masses(rows), _float64_masses(columns)
-    plans = np.empty_like(costs)
+    plans = np.empty(costs.shape, costs.dtype)
     unsolved: list[int] = []
 
     def solve(part: slice) -> None:
+        scaled = np.empty(costs.shape[1:], np.float64)
         for i in range(part.start, part.stop):
-            plans[i], solved = run(a[i], b[i], costs[i], SIMPLEX_ITERATIONS)
+            np.divide(costs[i], largest[i], out=scaled)
+            plans[i], solved = run(a[i], b[i], scaled, SIMPLEX_ITERATIONS)
             if not solved:
                 unsolved.append(i)
 
@@ -154,7 +156,7 @@ def _simplex(cost: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
             f"{SIMPLEX_ITERATIONS} iterations; their plans are feasible and not optimal",
             stacklevel=2,
         )
-        tensors = (torch.from_numpy(each[unsolved]) for each in (plans, a, b))
+        tensors = (torch.from_numpy(each[unsolved]).double() for each in (plans, a, b))
         plans[unsolved] = round_to_marginals(*tensors).numpy()
     return torch.from_numpy(plans).to(cost)
 

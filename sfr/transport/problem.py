@@ -60,9 +60,10 @@ def masses_of(argument: str, masses: Tensor | None, batch: Tensor, size: int) ->
     if masses.is_complex():
         raise TypeError(f"{argument} must hold real numbers; got {masses.dtype}")
     masses = masses.detach().to(batch)
-    if masses.device.type == "cpu":
-        wrong = masses[~((masses >= 0) & masses.isfinite())]
-        if len(wrong):
+    if masses.device.type == "cpu" and masses.numel():
+        lowest, highest = masses.aminmax()
+        if not (lowest >= 0 and highest < torch.inf):  # so are both if one mass is no number
+            wrong = masses[~((masses >= 0) & masses.isfinite())]
             raise ValueError(f"{argument} must hold finite masses >= 0; got {wrong[0].item()} (as {masses.dtype})")
     return masses.expand(count, size)
 
