@@ -1,4 +1,4 @@
-"""How fast and how good are the transport solvers: ours, POT's, scipy's and geomloss's, on the same problems.
+"""How fast and how good are the transport solvers, ours and those of other packages, on the same problems.
 
     python -m benchmarks.transport                  # on the CPU, about four minutes
     python -m benchmarks.transport --device cuda    # on a GPU
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from benchmarks.common.environment import environment
 from benchmarks.common.paths import DOCS, RESULTS
+from benchmarks.transport.optional import optional_methods, versions
 from benchmarks.transport.peers import (
     ENTROPY,
     Method,
@@ -70,6 +71,8 @@ def main() -> None:
         return
     device = torch.device(args.device)
     methods, notes = all_methods(device)
+    others, missing = optional_methods(device)
+    methods, notes = methods + others, notes + missing
     warm_up(methods, device)
     rows: list[Row] = []
     start = time.perf_counter()
@@ -100,6 +103,7 @@ def layouts(quick: bool) -> Iterable[tuple[str, tuple[int, int], str]]:
         for case in CASES:
             yield case, (size, size), "uniform"
     for case in CASES[:3]:
+        yield case, (64, 16), "uniform"
         yield case, (49, 64), "uniform"
         yield case, (64, 64), "cross"
 
@@ -266,6 +270,7 @@ def describe(device: torch.device) -> Row:
     for module, name in (("geomloss", "geomloss"), ("torch_linear_assignment", "torch-linear-assignment")):
         if importlib.util.find_spec(module):
             found["versions"][name] = version(name)
+    found["versions"] |= versions() if device.type == "cpu" else {}
     return found
 
 

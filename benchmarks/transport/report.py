@@ -68,6 +68,7 @@ def report(record: dict[str, Any]) -> str:
     parts = [
         f"### N = M = {size}\n\n{table(rows, size)}" for size in sorted({r["n"] for r in rows if r["n"] == r["m"]})
     ]
+    parts.append(f"### N = 64, M = 16\n\n{table(rows, 64, 16)}")
     parts.append(f"### N = 49, M = 64\n\n{table(rows, 49, 64)}")
     parts.append(f"### N = M = 64, cross-reference masses\n\n{table(rows, 64, 64, 'cross')}")
     parts.append(f"### Growth of the default solver, `indep`, ms\n\n{scaling_table(record['scaling'])}")
@@ -142,7 +143,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
     shown = [row for row in rows if any(fits(row, case, 64) for case in CASES) and row.get("gap") is not None]
     names = list(dict.fromkeys(row["solver"] for row in shown))
-    colours = {name: plt.get_cmap("tab10")(i % 10) for i, name in enumerate(names)}
+    colours = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(names)}
     markers = dict(zip(CASES, ("o", "s", "^", "D"), strict=True))
     exact = [name for name in names if any(row["solver"] == name and row["gap"] <= GAP_FLOOR for row in shown)]
     heights = {name: GAP_FLOOR * 2.0 ** -(k + 1) for k, name in enumerate(exact)}  # one line each, or they hide another
