@@ -18,6 +18,7 @@ from sfr.transport.fused import fused_plan
 
 MAPS = 8  # arguments for maps that the pooling kernel has
 BLOCK_C, BLOCK_P = 64, 32  # channels and positions of a map that a program takes at a time
+OPTIONS = {"enable_fp_fusion": True}  # the same arithmetic with every Triton: 3.9 warns that its default will change
 ITERATIONS = 100  # of the proximal point method, as solve() has
 
 
@@ -70,9 +71,20 @@ class _FusedValues(torch.autograd.Function):
         finite = empty((pairs, images), dtype=torch.uint8)
         blocks = max(count * triton.cdiv(channels, BLOCK_C) for _, count, channels in tables.places)
         given = (*maps, *[maps[0]] * (MAPS - len(maps)))
-        pool_kernel[blocks, images, len(tables.places)](*given, tables.sets, nodes, BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P)
+        pool_kernel[blocks, images, len(tables.places)](
+            *given, tables.sets, nodes, BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P, **OPTIONS
+        )
         cost_kernel[images, pairs](
-            nodes, tables.pairs, images, cost, sides[0], sides[1], finite, BLOCK_N=tables.block, BLOCK_C=BLOCK_C
+            nodes,
+            tables.pairs,
+            images,
+            cost,
+            sides[0],
+            sides[1],
+            finite,
+            BLOCK_N=tables.block,
+            BLOCK_C=BLOCK_C,
+            **OPTIONS,
         )
         for group in tables.groups:
             shape = (group.size * images, group.n, group.m)
@@ -106,7 +118,7 @@ class _FusedValues(torch.autograd.Function):
         blocks = max(triton.cdiv(channels, BLOCK_C) for _, _, channels in tables.places)
         gradient_kernel[blocks, images, len(tables.places)](
             nodes, tables.sets, tables.pairs, cost, plan, sides[0], sides[1], of_values, *of_values.stride(), of_nodes,
-            images, BLOCK_N=tables.block, BLOCK_C=BLOCK_C,
+            images, BLOCK_N=tables.block, BLOCK_C=BLOCK_C, **OPTIONS,
         )  # fmt: skip
         for number in dict.fromkeys(shallow for shallow, _ in run.pairs):
             i, grid = run.sets[number]
@@ -145,7 +157,7 @@ class _Cells(NamedTuple):
         join_kernel[blocks](
             given, self.of_nodes[self.start :], result, like.shape[1], height, width, *grid,
             *given.stride()[:2], *_two(given.stride()[2:], 0), *result.stride()[:2], *_two(result.stride()[2:], 0),
-            GIVEN=gradient is not None, BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P,
+            GIVEN=gradient is not None, BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P, **OPTIONS,
         )  # fmt: skip
         return result
 

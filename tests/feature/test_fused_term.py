@@ -272,7 +272,7 @@ for capability, kernel, own, constants in (
     kinds = pointers | own | dict.fromkeys(constants, "constexpr")
     signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, **{keyword: constants})
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": True})
     assert len(compiled.asm["cubin"]) > 1000
 print("all compiled")
 """
