@@ -44,8 +44,13 @@ def configuration(config: object, switches: Mapping[str, Any], default: SFRConfi
     return dataclasses.replace(config or default, **switches)
 
 
-def check_label_loss(label_loss: object, config: SFRConfig) -> None:
-    """Raise if the user's own loss cannot be called, or `config` asks for a label term as well."""
+def check_label_loss(label_loss: object, config: SFRConfig, switches: Mapping[str, Any]) -> None:
+    """Raise if the user's own loss cannot be called, or `config` or the `switches` ask for what it makes idle."""
+    if label_loss is not None and switches.get("gate", "none") != "none":
+        raise ValueError(
+            f"gate={switches['gate']!r} has no effect beside label_loss, where the feature term always counts in full: "
+            "leave one of them out"
+        )
     if isinstance(label_loss, type):
         name = label_loss.__name__
         raise TypeError(f"label_loss must be an instance; got the class {name}: pass label_loss={name}(...)")

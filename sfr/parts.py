@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from sfr.feature.term import Terms
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LossParts:
     """The parts of one training loss, ``label + weight * feature``, detached and on their device.
 
@@ -24,8 +24,8 @@ class LossParts:
 
     label: Tensor
     weight: float
-    terms: Terms | None = field(default=None, repr=False)
-    weights: Tensor | None = field(default=None, repr=False)
+    terms: Terms | None = None
+    weights: Tensor | None = None
 
     # What follows is worked out when it is asked for, so that a step that logs nothing pays nothing.
 
@@ -62,6 +62,10 @@ class LossParts:
         """The share of the weighted feature term in the loss, 0-d; 0 for a loss of zero."""
         weighted = self.weight * self.feature
         return (weighted / (self.label.abs() + weighted)).nan_to_num(nan=0.0)
+
+    def __repr__(self) -> str:
+        parts = {"label": self.label, "feature": self.feature, "weight": self.weight, "share": self.share}
+        return f"LossParts({', '.join(f'{name}={value!r}' for name, value in parts.items())})"
 
     def as_dict(self) -> dict[str, float]:
         """Return label, feature, weight, share and "similarity shallow <- deep" of each pair for a log.

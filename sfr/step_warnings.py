@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 from torch import Tensor
@@ -41,7 +42,7 @@ class StepWarnings:
 
     def __init__(self) -> None:
         self._warned: set[str] = set()
-        self._finite: list[Tensor] = []  # of the steps not looked at yet
+        self._finite: deque[Tensor] = deque(maxlen=CHECK_EVERY)  # of the steps not looked at yet
         self._large_since: int | None = None
         self._largest_label = 0.0
 
@@ -84,4 +85,4 @@ class StepWarnings:
             self.warn(LARGE, LARGE_STEPS, stated)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_finite": []}
+        return self.__dict__ | {"_finite": deque(maxlen=CHECK_EVERY)}

@@ -661,3 +661,20 @@ def test_a_label_loss_beside_smoothing_is_an_error_that_says_so(make_net):
     model = sfr.SFRWrapper(make_net())
     with pytest.raises(ValueError, match="smoothing='class_mean' has no effect beside label_loss"):
         sfr.SFRLoss(model, smoothing="class_mean", label_loss=F.cross_entropy)
+
+
+def test_a_gate_beside_a_label_loss_is_an_error_that_says_so(make_net):
+    model = sfr.SFRWrapper(make_net())
+    with pytest.raises(ValueError, match="gate='fitted' has no effect beside label_loss"):
+        sfr.SFRLoss(model, gate="fitted", label_loss=F.cross_entropy)
+    assert sfr.SFRLoss(model, gate="none", label_loss=F.cross_entropy).config.gate == "none"
+
+
+def test_the_parts_of_a_loss_are_printed_with_their_values(make_net, batch):
+    model = sfr.SFRWrapper(make_net())
+    criterion = sfr.SFRLoss(model)
+    criterion(model(batch[0]), batch[1])
+    last = criterion.last
+    assert repr(last) == (
+        f"LossParts(label={last.label!r}, feature={last.feature!r}, weight=0.25, share={last.share!r})"
+    )

@@ -32,7 +32,8 @@ def forward_arguments(model: nn.Module, example_input: tuple[Any, ...]) -> tuple
         given = ", ".join([type(each).__name__ for each in args] + [f"{name}=..." for name in kwargs])
         raise TypeError(
             f"the model is called as forward{signature}, and the example input gives it ({given}): {error}. Give what "
-            "your loop calls the model with, as in model.report(x): of a batch (images, labels), the images alone. If "
-            "the forward takes a list or a dict as one argument, put it into a tuple: model.report((images,))"
+            "your loop calls the model with, as in model.report(x): of a batch (images, labels), the images alone "
+            "(labels go to the criterion: criterion.report(x, target=y)). If the forward takes a list or a dict as one "
+            "argument, put it into a tuple: model.report((images,))"
         ) from None
     return args, kwargs

@@ -235,7 +235,13 @@ def _why_few(trace: Trace) -> str:
     if repeated:
         return (
             f": {len(repeated)} module(s) ran more than once in the forward, as {repeated[0]!r}, and a stage has "
-            "to run once. A model that calls one encoder for several inputs can call it once, on torch.cat([a, b])"
+            "to run once. A model that calls one encoder for several inputs can call it once, on torch.cat([a, b]), "
+            "with its stages named"
+        )
+    if others:
+        return (
+            f": {len(others)} output(s) do not have the batch, {trace.batch}, as their first axis, as "
+            f"{others[0].name!r} of shape {others[0].shape}, and are stages only if they are named"
         )
     left_out = single_cells(trace)
     return f": left out: {', '.join(left_out)}" if left_out else ""

@@ -127,7 +127,7 @@ class Recorder:
             raise RuntimeError(
                 f"stage {name!r} fired twice in one forward: it is shared or called in a loop. Tap the modules around "
                 "it instead, with stages=[...]. A model that calls one encoder for several inputs can call it once, on "
-                "torch.cat([a, b])."
+                "torch.cat([a, b]), with its stages named."
             )
         self.features[name] = feature_of(name, output)
 
@@ -215,6 +215,11 @@ class Recorder:
     def recorded(self) -> bool:
         """Whether the features of a forward can be taken, which may be none if it skipped all stages."""
         return self._recorded
+
+    @property
+    def awaits_its_use(self) -> bool:
+        """Whether the features of a forward are kept that can be told from those of any other, by their graph."""
+        return self._recorded and not self._let_go and any(each.requires_grad for each in self.features.values())
 
     def take(self, logits: Tensor) -> dict[str, Tensor] | None:
         """Hand over the features and forget them; None if the logits come from another forward, even in part."""

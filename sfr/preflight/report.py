@@ -32,6 +32,7 @@ GATED = "        That is in full: of each image it counts as far as its labels a
 
 # Shares of the feature term in the first loss: between the two it is as it should be.
 WEAK_SHARE, STRONG_SHARE = 0.005, 0.1
+FITTED = 0.1  # a label term below it is that of labels that are fitted
 
 
 @dataclass(frozen=True)
@@ -235,12 +236,17 @@ def _terms(loss: LossParts, labels: str, *, gated: bool) -> list[str]:
     """Return the lines of the report on the terms of a loss."""
     parts = loss.as_dict()
     terms = f"{parts['label']:.3g} label + {loss.weight:g} x {parts['feature']:.3g} feature"
-    lines = [f"loss:   {terms} (share {parts['share']:.1%}), {labels}", f"        {effect_of(parts['share'])}"]
+    lines = [
+        f"loss:   {terms} (share {parts['share']:.1%}), {labels}",
+        f"        {effect_of(parts['share'], parts['label'])}",
+    ]
     return [*lines, GATED] if gated else lines
 
 
-def effect_of(share: float) -> str:
-    """Return what a feature term of this share in the first loss will do."""
+def effect_of(share: float, label: float) -> str:
+    """Return what a feature term of this share in a loss with this label term will do."""
+    if share > STRONG_SHARE and label < FITTED:
+        return "The labels are fitted: what is left of the loss is the feature term."
     if share > LARGE_SHARE:
         return "The feature term outweighs the labels: the network may not learn them. Lower feature_weight=."
     if share > STRONG_SHARE:

@@ -1,5 +1,7 @@
 """Steps of another shape: losses of two labels, several backwards, closures, gradients of gradients."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -212,3 +214,38 @@ def test_a_transform_of_torch_func_is_an_error_that_says_what_works(model, batch
     slopes = vmap(grad(lambda *args: of_each(*args, F.cross_entropy)), (None, 0, 0))(parameters, *batch)
     assert slopes["0.weight"].shape == (8, 8, 3, 3, 3)
     step(model, criterion, criterion(model(batch[0]), batch[1]))
+
+
+@pytest.mark.parametrize("way", ["no_grad", "disabled", "both", "evaluation"])
+def test_a_forward_without_features_may_come_between_the_model_and_the_criterion(make_net, batch, way):
+    """As of pseudo-labels, or of a consistency term: the features of the training forward are still there."""
+    images, labels = batch
+    model = sfr.SFRWrapper(make_net())
+    criterion = sfr.SFRLoss(model)
+    logits = model(images)
+    expected = criterion(logits, labels)
+    for _ in range(2):
+        logits = model(images)
+        with (
+            torch.set_grad_enabled(way == "disabled"),
+            model.disable() if "dis" in way or way == "both" else nullcontext(),
+        ):
+            model.train(way != "evaluation")
+            other = model(images.flip(3))
+            model.train()
+        torch.testing.assert_close(criterion(logits, labels), expected)
+        assert criterion.last.feature > 0
+        with pytest.raises(RuntimeError, match="no features are recorded"):
+            criterion(other + 0 * logits, labels)
+
+
+def test_logits_of_a_forward_without_features_get_none_of_another(make_net, batch):
+    images, labels = batch
+    model = sfr.SFRWrapper(make_net())
+    criterion = sfr.SFRLoss(model)
+    logits = model(images)
+    with model.disable():
+        other = model(images.flip(3))
+    with pytest.raises(RuntimeError, match="do not come from the last training forward"):
+        criterion(other, labels)
+    del logits

@@ -3,8 +3,10 @@
 from collections import Counter
 
 import pytest
+import torch
 from torch import nn
 
+import sfr
 from sfr.model.choose import choose, even_places
 from sfr.model.formats import View
 from sfr.model.trace import Sighting, Trace
@@ -100,3 +102,21 @@ def test_fewer_than_two_stages_are_an_error_with_what_was_seen():
         choose(traced(seen("a", conv(), 16), again=["a"]))
     with pytest.raises(ValueError, match=r"1 output\(s\) cannot be read; 'a': is odd"):
         choose(traced(seen("a", conv(), 0, problem="is odd")))
+
+
+def test_a_model_that_joins_its_inputs_into_one_batch_is_told_to_name_its_stages():
+    class Siamese(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layers = [nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+            self.encoder = nn.Sequential(*layers, nn.Flatten())
+            self.head = nn.Linear(32, 2)
+
+        def forward(self, a, b):
+            return self.head(torch.cat(self.encoder(torch.cat([a, b])).chunk(2), dim=1))
+
+    images = torch.randn(4, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"do not have the batch, 4, as their first axis, as 'encoder.*named"):
+        sfr.SFRWrapper(Siamese(), example_input=(images, images))
+    model = sfr.SFRWrapper(Siamese(), stages=["encoder.0", "encoder.2"])
+    sfr.SFRLoss(model)(model(images, images), torch.tensor([0, 1, 0, 1])).backward()

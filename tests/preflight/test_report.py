@@ -339,3 +339,20 @@ def test_the_report_says_whether_its_labels_are_random_or_given(make_net, batch)
     random, given = criterion.report(batch[0], repeats=1), criterion.report(batch[0], target=batch[1], repeats=1)
     assert "), on random labels\n" in str(random)
     assert "), on the given target\n" in str(given)
+
+
+def test_the_report_of_a_network_that_has_fitted_its_labels_gives_no_alarm(make_net, batch):
+    net = make_net()
+    with torch.no_grad():
+        net[-1].weight.zero_()
+        net[-1].bias.copy_(torch.eye(10)[3] * 50)
+    criterion = sfr.SFRLoss(sfr.SFRWrapper(net), feature_weight=1.0)
+    text = str(criterion.report(batch[0], target=torch.full((8,), 3), repeats=1))
+    assert "The labels are fitted: what is left of the loss is the feature term." in text
+    assert "outweighs" not in text
+
+
+def test_labels_given_to_the_report_as_if_to_the_model_are_named(make_net, batch):
+    criterion = sfr.SFRLoss(sfr.SFRWrapper(make_net()))
+    with pytest.raises(TypeError, match=r"criterion\.report\(x, target=y\)"):
+        criterion.report(*batch)
