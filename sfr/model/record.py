@@ -112,9 +112,7 @@ class Record:
             self.joining.note_forward()
             traced = torch.jit._trace.is_tracing()  # into a model that nobody trains with the criterion
         if self.disabled or traced or not self.records(model) or not torch.is_grad_enabled():
-            aside = self.disabled or not torch.is_grad_enabled()  # as for pseudo-labels, before the criterion's call
-            if torch.compiler.is_compiling() or traced or not (aside and self.recorder.awaits_its_use):
-                self.recorder.abort()
+            self.recorder.pass_over(keeping=not traced and (self.disabled or not torch.is_grad_enabled()))
             return plain(model, *args, **kwargs)
         if self._is_to_be_watched():
             # PyTorch's error shows the next line, with its hint, if torch.compile must not leave the graph.

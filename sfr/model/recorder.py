@@ -216,10 +216,16 @@ class Recorder:
         """Whether the features of a forward can be taken, which may be none if it skipped all stages."""
         return self._recorded
 
-    @property
-    def awaits_its_use(self) -> bool:
-        """Whether the features of a forward are kept that can be told from those of any other, by their graph."""
-        return self._recorded and not self._let_go and any(each.requires_grad for each in self.features.values())
+    def pass_over(self, keeping: bool) -> None:
+        """Let a forward pass without a record, and forget the last one unless it is worth keeping.
+
+        Args:
+            keeping: keep features that wait for the criterion, as while pseudo-labels are made. By their graph they can
+                be told from those of any other forward.
+        """
+        waiting = self._recorded and not self._let_go and any(each.requires_grad for each in self.features.values())
+        if torch.compiler.is_compiling() or not (keeping and waiting):
+            self.abort()
 
     def take(self, logits: Tensor) -> dict[str, Tensor] | None:
         """Hand over the features and forget them; None if the logits come from another forward, even in part."""
