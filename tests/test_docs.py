@@ -4,6 +4,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ SHOWN = sorted(
 def imported(name):
     """The object of this full name; skips the test where a framework is missing or too old."""
     module, _, attribute = name.rpartition(".")
+    if not hasattr(sys.modules.get(module), attribute):
+        sys.modules.pop(module, None)  # older pytest leaves what it failed to import, looking for doctests
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
