@@ -15,11 +15,11 @@ from torch import Tensor
 from sfr.feature.kernels import cost_kernel, gradient_kernel, join_kernel, pool_kernel
 from sfr.feature.pooling import Grid, Join
 from sfr.transport.fused import fused_plan
+from sfr.transport.proximal import ITERATIONS, default_beta
 
 MAPS = 8  # arguments for maps that the pooling kernel has
 BLOCK_C, BLOCK_P = 64, 32  # channels and positions of a map that a program takes at a time
 OPTIONS = {"enable_fp_fusion": True}  # the same arithmetic with every Triton: 3.9 warns that its default will change
-ITERATIONS = 100  # of the proximal point method, as solve() has
 
 
 def fused_values(
@@ -75,22 +75,14 @@ class _FusedValues(torch.autograd.Function):
             *given, tables.sets, nodes, BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P, **OPTIONS
         )
         cost_kernel[images, pairs](
-            nodes,
-            tables.pairs,
-            images,
-            cost,
-            sides[0],
-            sides[1],
-            finite,
-            BLOCK_N=tables.block,
-            BLOCK_C=BLOCK_C,
+            nodes, tables.pairs, images, cost, sides[0], sides[1], finite, BLOCK_N=tables.block, BLOCK_C=BLOCK_C,
             **OPTIONS,
-        )
+        )  # fmt: skip
         for group in tables.groups:
             shape = (group.size * images, group.n, group.m)
             own = slice(group.cost, group.cost + math.prod(shape))
             fused_plan(
-                cost[own].view(shape), None, None, beta=1.0 if group.n == group.m else 2.0, iterations=ITERATIONS,
+                cost[own].view(shape), None, None, beta=default_beta(*shape[1:], uniform=True), iterations=ITERATIONS,
                 plan=plan[own].view(shape), values=values[group.first : group.first + group.size],
             )  # fmt: skip
         ctx.run = run

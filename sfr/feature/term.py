@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from sfr.feature.channels import match_channels
 from sfr.feature.emd import emd_l2_of_pairs, relative_distance
 from sfr.feature.nodes import Grid, common_grids, to_nodes
 from sfr.feature.pairs import resolve_pairs
+from sfr.transport.dispatch import FUSED_UP_TO
 from sfr.transport.fallback import OptionalSolver
 
 
@@ -36,7 +37,12 @@ class Pair(NamedTuple):
     @property
     def name(self) -> str:
         """ "shallow <- deep"."""
-        return f"{self.shallow} <- {self.deep}"
+        return pair_name(self.shallow, self.deep)
+
+
+def pair_name(shallow: str, deep: str) -> str:
+    """Return the name of a pair of stages."""
+    return f"{shallow} <- {deep}"
 
 
 class Term(NamedTuple):
@@ -73,7 +79,7 @@ class Terms(Mapping[str, Term]):
         self.names, self.by_image, self.finite, self._distances = tuple(names), by_image, finite, distances
 
     def __getitem__(self, name: str) -> Term:
-        pair = self.names.index(name) if name in self.names else _missing(name)
+        pair = dict(zip(self.names, range(len(self)), strict=True))[name]
         return Term(self.by_image[pair], self.distances[pair], self.finite[pair])
 
     def __iter__(self) -> Iterator[str]:
@@ -107,10 +113,6 @@ class Terms(Mapping[str, Term]):
 
 
 NONE = Terms([], torch.empty(0, 0), torch.empty(0, 0, dtype=torch.bool))
-
-
-def _missing(name: str) -> NoReturn:
-    raise KeyError(name)
 
 
 def feature_terms(
@@ -178,7 +180,7 @@ def _load_fused() -> Callable[..., tuple[Tensor, Tensor]]:
 fused_values = OptionalSolver(
     "triton", _load_fused, "the fused feature term does not run here, so PyTorch's operations take its place"
 )
-FUSED_MAPS, FUSED_NODES = 8, 64  # at most: the maps that a kernel has arguments for, the nodes of one in registers
+FUSED_MAPS = 8  # at most: the pooling kernel has arguments for so many
 
 
 def _fit_the_kernels(maps: Sequence[Tensor]) -> bool:
@@ -209,17 +211,13 @@ def _fused_terms(
     solver: Solver,
 ) -> Terms | None:
     """Return the terms by the Triton kernels, or None if these nodes do not fit or the kernels do not run here."""
-    names, sides = [], []
-    for shallow, deep in _pairs_present(maps, order, pairs):
-        grids = common_grids(tuple(maps[shallow].shape[2:]), tuple(maps[deep].shape[2:]), max_grid)
-        if max(map(math.prod, grids)) > FUSED_NODES:
-            return None
-        names.append(f"{shallow} <- {deep}")
-        sides.append(((shallow, grids[0]), (deep, grids[1])))
-    if not names:
+    sides = _sides_present(maps, order, pairs, max_grid)
+    if not sides:
         return NONE
-    # Pairs of one size next to each other.
-    ordered = sorted(range(len(names)), key=lambda i: tuple(math.prod(grid) for _, grid in sides[i]))
+    sizes = [tuple(math.prod(grid) for _, grid in pair) for pair in sides]
+    if max(map(max, sizes)) > FUSED_UP_TO:
+        return None
+    ordered = sorted(range(len(sides)), key=sizes.__getitem__)  # pairs of one size next to each other
     used = list(dict.fromkeys(name for pair in sides for name, _ in pair))
     sets = list(dict.fromkeys(side for pair in sides for side in pair))
 
@@ -241,16 +239,25 @@ def _fused_terms(
         [used.index(name) for name in joining if name in used],
         otherwise,
     )
-    return None if found is None else Terms([names[i] for i in ordered], *found)
+    if found is None:
+        return None
+    return Terms([pair_name(shallow, deep) for (shallow, _), (deep, _) in (sides[i] for i in ordered)], *found)
 
 
-def _pairs_present(
-    maps: Mapping[str, Tensor], order: Sequence[str] | None, pairs: Pairs | Sequence[tuple[int | str, int | str]]
-) -> list[tuple[str, str]]:
-    """Return the pairs whose stages are both there, by name."""
+def _sides_present(
+    maps: Mapping[str, Tensor],
+    order: Sequence[str] | None,
+    pairs: Pairs | Sequence[tuple[int | str, int | str]],
+    max_grid: int,
+) -> list[tuple[tuple[str, Grid], tuple[str, Grid]]]:
+    """Return the two stages of each pair, as far as both are there, with the grids that they are pooled to."""
     names = list(maps) if order is None else order
-    named = [(names[i], names[j]) for i, j in resolve_pairs(pairs, names)]
-    return [pair for pair in named if pair[0] in maps and pair[1] in maps]
+    sides = []
+    for shallow, deep in ((names[i], names[j]) for i, j in resolve_pairs(pairs, names)):
+        if shallow in maps and deep in maps:
+            grids = common_grids(tuple(maps[shallow].shape[2:]), tuple(maps[deep].shape[2:]), max_grid)
+            sides.append(((shallow, grids[0]), (deep, grids[1])))
+    return sides
 
 
 def matched_pairs(
@@ -275,11 +282,10 @@ def matched_pairs(
             pooled[name, grid] = nodes, nodes.detach() if detach_deep else nodes, finite
         return pooled[name, grid]
 
-    for shallow, deep in _pairs_present(maps, order, pairs):
-        grids = common_grids(tuple(maps[shallow].shape[2:]), tuple(maps[deep].shape[2:]), max_grid)
-        own, _, own_finite = nodes_of(shallow, grids[0])
-        _, other, other_finite = nodes_of(deep, grids[1])
-        yield Pair(shallow, deep, match_channels(own, other, grouping), own_finite & other_finite)
+    for shallow, deep in _sides_present(maps, order, pairs, max_grid):
+        own, _, own_finite = nodes_of(*shallow)
+        _, other, other_finite = nodes_of(*deep)
+        yield Pair(shallow[0], deep[0], match_channels(own, other, grouping), own_finite & other_finite)
 
 
 def _finite(nodes: Tensor, cost: Cost) -> tuple[Tensor, Tensor]:

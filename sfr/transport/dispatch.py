@@ -14,7 +14,7 @@ from sfr.config import Solver
 from sfr.transport.exact import exact_plan, whole_plan
 from sfr.transport.fallback import OptionalSolver
 from sfr.transport.problem import Problem, masses_of, plan_dtype
-from sfr.transport.proximal import proximal_plan
+from sfr.transport.proximal import ITERATIONS, default_beta, proximal_plan
 from sfr.transport.scaling import duality_gap, of_unit_size
 from sfr.transport.sinkhorn import sinkhorn_plan
 
@@ -40,7 +40,7 @@ def solve(
     *,
     epsilon: float = 0.02,
     beta: float | None = None,
-    iterations: int = 100,
+    iterations: int = ITERATIONS,
 ) -> Tensor:
     r"""Solve a batch of optimal transport problems and return a plan with exactly the given marginals.
 
@@ -101,7 +101,7 @@ def certified(
     *,
     epsilon: float = 0.02,
     beta: float | None = None,
-    iterations: int = 100,
+    iterations: int = ITERATIONS,
 ) -> tuple[Tensor, Tensor]:
     r"""Return the plans of an iterative solver, and how far above the optimum each may be.
 
@@ -220,7 +220,7 @@ def _try_fused(cost: Tensor, a: Tensor | None, b: Tensor | None, beta: float | N
     """Return the plans of the Triton kernel, or None if it cannot be compiled or started here."""
     rows = None if a is None else masses_of("a", a, cost.float(), cost.shape[1])
     columns = None if b is None else masses_of("b", b, cost.float(), cost.shape[2])
-    beta = beta or _default_beta(cost, uniform=a is None and b is None)
+    beta = beta or default_beta(*cost.shape[1:], uniform=a is None and b is None)
     return fused_solver(cost, rows, columns, beta=beta, iterations=iterations)
 
 
@@ -239,10 +239,6 @@ def _iterated(
     """Return plans, (B, N, M), and potentials of the columns, (B, M)."""
     cost, rows, columns = problem.cost, problem.rows, problem.columns
     if solver == "proximal":
-        beta = beta or _default_beta(cost, uniform=problem.uniform)
+        beta = beta or default_beta(*cost.shape[1:], uniform=problem.uniform)
         return proximal_plan(cost, rows, columns, beta=beta, iterations=iterations)
     return sinkhorn_plan(cost, rows, columns, epsilon=epsilon, iterations=iterations)
-
-
-def _default_beta(cost: Tensor, *, uniform: bool) -> float:
-    return 1.0 if uniform and cost.shape[1] == cost.shape[2] else 2.0
