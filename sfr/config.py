@@ -16,10 +16,12 @@ from sfr.warn import deprecated
 __all__ = ["DEFAULT_ALPHA", "Ramp", "SFRConfig"]
 
 Pairs: TypeAlias = Literal["all", "last", "adjacent"]
+Stage: TypeAlias = int | float | str  # of a pair: index, depth or name
 Grouping: TypeAlias = Literal["segments", "mean", "crop"]
 Layout: TypeAlias = Literal["auto", "channels_first", "channels_last", "tokens", "sequence_first", "vector"]
 Cost: TypeAlias = Literal["cosine", "sqeuclidean", "correlation"]
 Marginals: TypeAlias = Literal["uniform", "cross"]
+Matching: TypeAlias = Literal["transport", "in_place"]
 Solver: TypeAlias = Literal["auto", "exact", "proximal", "sinkhorn"]
 Smoothing: TypeAlias = Literal["class_mean", "past", "uniform", "none"]
 Gate: TypeAlias = Literal["fitted", "none"]
@@ -75,11 +77,12 @@ class Switches(TypedDict, total=False):
 
     feature_weight: float | Ramp
     gate: Gate
-    pairs: Pairs | Sequence[tuple[int | str, int | str]]
+    pairs: Pairs | Sequence[tuple[Stage, Stage]]
     detach_deep: bool
     max_grid: int
     grouping: Grouping
     cost: Cost
+    matching: Matching
     marginals: Marginals
     solver: Solver
     smoothing: Smoothing
@@ -105,7 +108,8 @@ class SFRConfig:
             the network gives to them, so that a network that does not know them yet learns them first; "none": it
             counts in full, as it does beside a loss of your own. Our reading.
         pairs: which deep stage supervises which shallow one: "all" (every i < j, as Tf-FD), "last" (the deepest
-            supervises all others, as BYOT), "adjacent", or a sequence of (shallow, deep), each a stage name or index.
+            supervises all others, as BYOT), "adjacent", or a sequence of (shallow, deep), each a stage's name, its
+            index, or its depth as a float above 0 and up to 1: of n stages the first lies at 1 / n, the last at 1.
         detach_deep: stop the gradient at the deep side, so that it supervises and is not dragged along.
         max_grid: the maps are average-pooled to at most ``max_grid`` cells along each spatial axis, >= 1.
         grouping: how many deep channels supervise few shallow ones: "segments" (one plan per segment), "mean" (one
@@ -115,6 +119,8 @@ class SFRConfig:
             "correlation" (1 - Pearson's r over the channels; nor has an offset), or "sqeuclidean" (mean over channels;
             it grows with the square of the activations, outweighs the labels of pretrained networks, and makes
             transformers diverge).
+        matching: "transport": an optimal plan says which deep feature supervises which shallow one; "in_place": each
+            supervises the one at its own place, as LayerSync (arXiv 2510.12581) does.
         marginals: mass of each local feature: "uniform" or "cross" (DeepEMD's cross-reference weights).
         solver: "exact" (on the CPU), "proximal" or "sinkhorn" (batched, on the device), "auto": exact for CPU tensors,
             proximal elsewhere.
@@ -141,11 +147,12 @@ class SFRConfig:
 
     feature_weight: float | Ramp = 0.25
     gate: Gate = "fitted"
-    pairs: Pairs | Sequence[tuple[int | str, int | str]] = "all"
+    pairs: Pairs | Sequence[tuple[Stage, Stage]] = "all"
     detach_deep: bool = True
     max_grid: int = 4
     grouping: Grouping = "mean"
     cost: Cost = "cosine"
+    matching: Matching = "transport"
     marginals: Marginals = "uniform"
     solver: Solver = "auto"
     smoothing: Smoothing = "none"
@@ -161,10 +168,14 @@ class SFRConfig:
         check_choice("gate", self.gate, Gate)
         check_choice("grouping", self.grouping, Grouping)
         check_choice("cost", self.cost, Cost)
+        check_choice("matching", self.matching, Matching)
         check_choice("marginals", self.marginals, Marginals)
         check_choice("solver", self.solver, Solver)
         check_choice("smoothing", self.smoothing, Smoothing)
         check_choice("update", self.update, Update)
+        idle = [name for name in ("marginals", "solver") if getattr(self, name) != getattr(SFRConfig, name)]
+        if self.matching == "in_place" and idle:
+            raise ValueError(f"without effect with matching='in_place', which solves no transport: {', '.join(idle)}")
         for name in ("feature_weight", "alpha"):
             if isinstance(getattr(self, name), Mapping):  # a ramp that went through JSON
                 self._freeze(name, Ramp(**getattr(self, name)))
@@ -191,7 +202,8 @@ class SFRConfig:
 
     def of_pairs(self) -> dict[str, Any]:
         """Return the switches that :func:`sfr.feature.term.matched_pairs` takes."""
-        return {name: getattr(self, name) for name in ("pairs", "max_grid", "grouping", "detach_deep", "cost")}
+        names = ("pairs", "max_grid", "grouping", "detach_deep", "cost", "matching")
+        return {name: getattr(self, name) for name in names}
 
     def of_terms(self) -> dict[str, Any]:
         """Return the switches that :func:`sfr.feature.term.feature_terms` takes."""
@@ -259,10 +271,12 @@ def no_such_field(names: Iterable[str], also: Iterable[str] = ()) -> str:
     return f"{unknown}; it has {hint}" if unknown else ""
 
 
-def _pair(pair: object) -> tuple[int | str, int | str]:
+def _pair(pair: object) -> tuple[Stage, Stage]:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise ValueError(f"pairs must be (shallow, deep) pairs of stage names or indices; got {pair!r}")
+        raise ValueError(f"pairs must be (shallow, deep) pairs of stage names, indices or depths; got {pair!r}")
     for stage in pair:
-        if not isinstance(stage, (numbers.Integral, str)) or isinstance(stage, bool):
-            raise TypeError(f"pairs must name stages by name or index; got {stage!r}")
+        if not isinstance(stage, (numbers.Real, str)) or isinstance(stage, bool):
+            raise TypeError(f"pairs must name stages by name, index or depth; got {stage!r}")
+        if not isinstance(stage, (numbers.Integral, str)) and not 0 < float(stage) <= 1:
+            raise ValueError(f"pairs: a depth lies above 0 and up to 1; got {stage!r}")
     return plain_number(pair[0]), plain_number(pair[1])

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from sfr.arguments import check_label_loss, configuration, width_of
 from sfr.config import SFRConfig, Switches
 from sfr.drop_in import DropInLoss
-from sfr.feature.term import NONE, Pair, Terms, feature_terms, matched_pairs
+from sfr.feature.results import NONE, Pair, Terms
+from sfr.feature.term import feature_terms, matched_pairs
 from sfr.labels.smoothing import DynamicLabelSmoothing
 from sfr.labels.term import LabelTerm
 from sfr.model.maps import Maps

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sfr.feature.term import Terms
+from sfr.feature.results import Terms
 
 
 @dataclass(frozen=True, repr=False)

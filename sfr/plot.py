@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sfr.config import Stage
 from sfr.criterion import SFRLoss
-from sfr.feature.emd import transport_plan
-from sfr.feature.nodes import Grid, common_grids
-from sfr.feature.pairs import resolve_pairs
-from sfr.feature.term import Pair, matched_pairs
+from sfr.feature.emd import in_place_plan, transport_plan
+from sfr.feature.nodes import Grid
+from sfr.feature.results import Pair
+from sfr.feature.term import matched_pairs, sides_present
 from sfr.model.outputs import part_with_graph
 from sfr.model.record import known_record
 from sfr.model.unchanged import unchanged
@@ -26,12 +27,12 @@ LEAST_SHARE = 0.2
 def plan(
     criterion: SFRLoss,
     images: Tensor,
-    pair: tuple[int | str, int | str] = (0, -1),
+    pair: tuple[Stage, Stage] = (0, -1),
     *,
     sample: int = 0,
     axes: Axes | None = None,
 ) -> Axes:
-    """Draw which patches of an image the transport plan of one pair of stages matches.
+    """Draw which patches of an image the plan of one pair of stages matches.
 
     An arrow leads from a patch of the deep stage to the patch of the shallow stage that it supervises, a dot marks a
     patch that supervises itself. The stronger the line, the more of the patch goes there. The cells of both maps are
@@ -77,7 +78,10 @@ def plan(
     if not matched.finite[sample]:
         raise ValueError(f"image {sample} has features that are not finite, which take no part in the feature term")
     config = criterion.config
-    plans = transport_plan(*matched.nodes, cost=config.cost, marginals=config.marginals, solver=config.solver)
+    if config.matching == "in_place":
+        plans = in_place_plan(matched.nodes[0])
+    else:
+        plans = transport_plan(*matched.nodes, cost=config.cost, marginals=config.marginals, solver=config.solver)
     shares = plans.unflatten(0, (len(images), -1))[sample].mean(dim=0).cpu()
     axes.imshow(_picture(images[sample]), cmap="gray")
     _draw_matches(axes, shares, grids, images.shape[2:])
@@ -93,22 +97,22 @@ def _new_axes() -> Axes:
     return pyplot.figure(figsize=(4, 4), layout="constrained").subplots()
 
 
-def _matched(criterion: SFRLoss, images: Tensor, pair: tuple[int | str, int | str]) -> tuple[Pair, tuple[Grid, Grid]]:
+def _matched(criterion: SFRLoss, images: Tensor, pair: tuple[Stage, Stage]) -> tuple[Pair, tuple[Grid, Grid]]:
     """Return the nodes of both sides of a pair, and the grids that they lie on."""
     config, model = criterion.config, criterion.model
     with unchanged(model):
         features = known_record(model).take_features(part_with_graph(model(images)))
     maps = criterion.maps.of(features)
     names = list(maps)
-    [(i, j)] = resolve_pairs([pair], names)
-    for name in (names[i], names[j]):
+    [((shallow, grid), (deep, deep_grid))] = sides_present(maps, names, [pair], config.max_grid, config.matching)
+    for name in (shallow, deep):
         if maps[name].ndim != 4:
             raise ValueError(
                 f"stage {name!r} is no map with two spatial axes, which could be drawn over an image: as a map its "
                 f"output has shape {tuple(maps[name].shape)}; choose two other stages of {', '.join(names)}"
             )
-    [matched] = matched_pairs(maps, order=names, **config.of_pairs() | {"pairs": [(i, j)]})
-    return matched, common_grids(tuple(maps[names[i]].shape[2:]), tuple(maps[names[j]].shape[2:]), config.max_grid)
+    [matched] = matched_pairs(maps, order=names, **config.of_pairs() | {"pairs": [(shallow, deep)]})
+    return matched, (grid, deep_grid)
 
 
 def _picture(image: Tensor) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sfr.feature.term import Terms
+from sfr.feature.results import Terms
 from sfr.parts import LossParts
 from sfr.warn import warn_user
 

@@ -96,6 +96,24 @@ def emd_l2_of_pairs(
         return [value * (side.shallow.shape[2] / 2) for side, value in zip(sides, values, strict=True)]
 
 
+def in_place_of_pairs(pairs: Sequence[tuple[Tensor, Tensor]], *, cost: Cost) -> list[Tensor]:
+    """Return the mean ground cost of the nodes at the same place, of several pairs (B, N, C) each, each (B,)."""
+    if not pairs:
+        return []
+    with torch.autocast(pairs[0][0].device.type, enabled=False):
+        values = []
+        for side in _comparable(pairs, cost, "uniform"):
+            value = (side.shallow - side.deep).square().mean(dim=(1, 2))
+            values.append(value if cost == "sqeuclidean" else value * (side.shallow.shape[2] / 2))
+        return values
+
+
+def in_place_plan(nodes: Tensor) -> Tensor:
+    """Return the plan that matches each of the nodes (B, N, C) with the one at its place, (B, N, N)."""
+    batch, count, _ = nodes.shape
+    return torch.eye(count, device=nodes.device).div_(count).expand(batch, -1, -1)
+
+
 @torch.no_grad()
 def transport_plan(
     shallow: Tensor,

@@ -4,115 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sfr.config import Cost, Grouping, Marginals, Pairs, Solver
+from sfr.config import Cost, Grouping, Marginals, Matching, Pairs, Solver, Stage
 from sfr.feature.channels import match_channels
-from sfr.feature.emd import emd_l2_of_pairs, relative_distance
+from sfr.feature.emd import emd_l2_of_pairs, in_place_of_pairs, relative_distance
 from sfr.feature.nodes import Grid, common_grids, to_nodes
 from sfr.feature.pairs import resolve_pairs
+from sfr.feature.results import NONE, Pair, Terms, pair_name
 from sfr.transport.dispatch import FUSED_UP_TO
 from sfr.transport.fallback import OptionalSolver
-
-
-class Pair(NamedTuple):
-    """The two sides of one pair of stages, ready for the transport.
-
-    Attributes:
-        shallow: name of the shallow stage.
-        deep: name of the deep stage.
-        nodes: nodes of the two, (B * G, N, C) and (B * G, M, C), with G problems an image
-            (:func:`sfr.feature.channels.match_channels`).
-        finite: which images have finite features on both sides, (B,); the nodes of others are zero.
-    """
-
-    shallow: str
-    deep: str
-    nodes: tuple[Tensor, Tensor]
-    finite: Tensor
-
-    @property
-    def name(self) -> str:
-        """ "shallow <- deep"."""
-        return pair_name(self.shallow, self.deep)
-
-
-def pair_name(shallow: str, deep: str) -> str:
-    """Return the name of a pair of stages."""
-    return f"{shallow} <- {deep}"
-
-
-class Term(NamedTuple):
-    """The feature term of one pair.
-
-    Attributes:
-        values: the term of each image, (B,); 0 where the features are not finite.
-        distance: how far apart the two sides are, 0-d, without gradient: the term or, with "sqeuclidean", the term over
-            the sum of the mean squares of both sides.
-        finite: which images have finite features, (B,).
-    """
-
-    values: Tensor
-    distance: Tensor
-    finite: Tensor
-
-    @property
-    def value(self) -> Tensor:
-        """The mean over the images, 0-d."""
-        return self.values.mean()
-
-
-class Terms(Mapping[str, Term]):
-    """The feature terms of all pairs, by "shallow <- deep".
-
-    Args:
-        names: names of the P pairs.
-        by_image: the term of each pair and image, (P, B).
-        finite: which images have finite features in both stages of a pair, (P, B).
-        distances: distance of each pair, (P,), if it is not the mean over the images.
-    """
-
-    def __init__(self, names: Sequence[str], by_image: Tensor, finite: Tensor, distances: Tensor | None = None) -> None:
-        self.names, self.by_image, self.finite, self._distances = tuple(names), by_image, finite, distances
-
-    def __getitem__(self, name: str) -> Term:
-        pair = dict(zip(self.names, range(len(self)), strict=True))[name]
-        return Term(self.by_image[pair], self.distances[pair], self.finite[pair])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @property
-    def distances(self) -> Tensor:
-        """How far apart the two sides of each pair are, (P,), without gradient."""
-        return self.by_image.detach().mean(dim=1) if self._distances is None else self._distances
-
-    def weighted(self, weights: Tensor | None) -> Tensor:
-        """Return the terms of the images, each image's times its weight (B,), as they stand and not as shares, (P, B).
-
-        Where the features are of parts of the images, or of several in one, the weights are repeated, or averaged.
-        """
-        if weights is None:
-            return self.by_image
-        images = self.by_image.shape[1]
-        if len(weights) < images:
-            weights = weights.repeat_interleave(images // len(weights))
-        elif len(weights) > images:
-            weights = weights.view(images, -1).mean(dim=1)
-        return self.by_image * weights.to(self.by_image)
-
-    def detached(self) -> Terms:
-        """Return the terms without their autograd graph."""
-        return Terms(self.names, self.by_image.detach(), self.finite, self._distances)
-
-
-NONE = Terms([], torch.empty(0, 0), torch.empty(0, 0, dtype=torch.bool))
 
 
 def feature_terms(
@@ -120,11 +23,12 @@ def feature_terms(
     *,
     order: Sequence[str] | None = None,
     joining: Collection[str] = (),
-    pairs: Pairs | Sequence[tuple[int | str, int | str]] = "all",
+    pairs: Pairs | Sequence[tuple[Stage, Stage]] = "all",
     max_grid: int = 4,
     grouping: Grouping = "mean",
     detach_deep: bool = True,
     cost: Cost = "cosine",
+    matching: Matching = "transport",
     marginals: Marginals = "uniform",
     solver: Solver = "auto",
     kernels: bool = True,
@@ -140,7 +44,7 @@ def feature_terms(
         joining: names of the maps whose gradient can take that of their nodes along, because the loss has another
             one for them; see :func:`sfr.feature.pooling.pool`.
         order: names of all stages; pairs of a stage that `maps` lacks are left out. Default: the names in `maps`.
-        pairs, max_grid, grouping, detach_deep, cost, marginals, solver: see :class:`sfr.SFRConfig`.
+        pairs, max_grid, grouping, detach_deep, cost, matching, marginals, solver: see :class:`sfr.SFRConfig`.
         kernels: use the Triton kernels (:mod:`sfr.feature.fused`) where they can take the maps.
 
     Example:
@@ -149,17 +53,28 @@ def feature_terms(
         ['layer1 <- layer2']
     """
     plain = cost == "cosine" and marginals == "uniform" and solver in ("auto", "proximal")
-    if kernels and plain and grouping == "mean" and detach_deep and _fit_the_kernels(list(maps.values())):
+    if (
+        kernels
+        and plain
+        and matching == "transport"
+        and grouping == "mean"
+        and detach_deep
+        and _fit_the_kernels(list(maps.values()))
+    ):
         terms = _fused_terms(maps, order=order, joining=joining, pairs=pairs, max_grid=max_grid, solver=solver)
         if terms is not None:
             return terms
     matched = list(matched_pairs(
         maps, order=order, joining=joining, pairs=pairs, max_grid=max_grid, grouping=grouping, detach_deep=detach_deep,
-        cost=cost,
+        cost=cost, matching=matching,
     ))  # fmt: skip
     if not matched:
         return NONE
-    found = emd_l2_of_pairs([pair.nodes for pair in matched], cost=cost, marginals=marginals, solver=solver)
+    nodes = [pair.nodes for pair in matched]
+    if matching == "in_place":
+        found = in_place_of_pairs(nodes, cost=cost)
+    else:
+        found = emd_l2_of_pairs(nodes, cost=cost, marginals=marginals, solver=solver)
     finite = torch.stack([pair.finite for pair in matched])
     # An image has one problem, or one for each segment of the channels.
     values = torch.stack([each.reshape(finite.shape[1], -1).mean(dim=1) for each in found])
@@ -206,12 +121,12 @@ def _fused_terms(
     *,
     order: Sequence[str] | None,
     joining: Collection[str],
-    pairs: Pairs | Sequence[tuple[int | str, int | str]],
+    pairs: Pairs | Sequence[tuple[Stage, Stage]],
     max_grid: int,
     solver: Solver,
 ) -> Terms | None:
     """Return the terms by the Triton kernels, or None if these nodes do not fit or the kernels do not run here."""
-    sides = _sides_present(maps, order, pairs, max_grid)
+    sides = sides_present(maps, order, pairs, max_grid)
     if not sides:
         return NONE
     sizes = [tuple(math.prod(grid) for _, grid in pair) for pair in sides]
@@ -244,11 +159,12 @@ def _fused_terms(
     return Terms([pair_name(shallow, deep) for (shallow, _), (deep, _) in (sides[i] for i in ordered)], *found)
 
 
-def _sides_present(
+def sides_present(
     maps: Mapping[str, Tensor],
     order: Sequence[str] | None,
-    pairs: Pairs | Sequence[tuple[int | str, int | str]],
+    pairs: Pairs | Sequence[tuple[Stage, Stage]],
     max_grid: int,
+    matching: Matching = "transport",
 ) -> list[tuple[tuple[str, Grid], tuple[str, Grid]]]:
     """Return the two stages of each pair, as far as both are there, with the grids that they are pooled to."""
     names = list(maps) if order is None else order
@@ -256,6 +172,13 @@ def _sides_present(
     for shallow, deep in ((names[i], names[j]) for i, j in resolve_pairs(pairs, names)):
         if shallow in maps and deep in maps:
             grids = common_grids(tuple(maps[shallow].shape[2:]), tuple(maps[deep].shape[2:]), max_grid)
+            if matching == "in_place":
+                if len(grids[0]) != len(grids[1]):
+                    raise ValueError(
+                        f"matching='in_place' needs stages with the same axes; {shallow!r} has {len(grids[0])} spatial "
+                        f'axes and {deep!r} has {len(grids[1])}: choose other pairs, or matching="transport"'
+                    )
+                grids = grids[0], grids[0]  # the smaller one
             sides.append(((shallow, grids[0]), (deep, grids[1])))
     return sides
 
@@ -265,13 +188,14 @@ def matched_pairs(
     *,
     order: Sequence[str] | None,
     joining: Collection[str] = (),
-    pairs: Pairs | Sequence[tuple[int | str, int | str]],
+    pairs: Pairs | Sequence[tuple[Stage, Stage]],
     max_grid: int,
     grouping: Grouping,
     detach_deep: bool,
     cost: Cost,
+    matching: Matching = "transport",
 ) -> Iterator[Pair]:
-    """Yield both sides of each pair, ready for the transport; for the arguments see :func:`feature_terms`."""
+    """Yield both sides of each pair, ready to be matched; for the arguments see :func:`feature_terms`."""
     device = next((maps[name].device for name in reversed(list(maps))), None)  # of a model spread over several
     pooled: dict[tuple[str, Grid], tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -282,7 +206,7 @@ def matched_pairs(
             pooled[name, grid] = nodes, nodes.detach() if detach_deep else nodes, finite
         return pooled[name, grid]
 
-    for shallow, deep in _sides_present(maps, order, pairs, max_grid):
+    for shallow, deep in sides_present(maps, order, pairs, max_grid, matching):
         own, _, own_finite = nodes_of(*shallow)
         _, other, other_finite = nodes_of(*deep)
         yield Pair(shallow[0], deep[0], match_channels(own, other, grouping), own_finite & other_finite)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sfr.config import Ramp, SFRConfig
-from sfr.feature.term import Pair
+from sfr.feature.results import Pair
 from sfr.model.arguments import forward_arguments
 from sfr.model.maps import Maps
 from sfr.model.outputs import logits_in
@@ -190,7 +190,7 @@ def report(criterion: Criterion, *example_input: Any, target: Any = None, repeat
                 step()
 
         costs = compare_steps({"plain": plain_step, "sfr": step}, logits.device, repeats)
-    solver: str = twin.config.solver
+    solver: str = twin.config.solver if twin.config.matching == "transport" else "none, nodes are matched in place"
     if solver == "auto":
         solver = f"auto ({default_solver(logits.device)} on {logits.device.type})"
     loss = replace(twin.last, weight=Ramp.of(twin.config.feature_weight).largest) if shows_loss else None

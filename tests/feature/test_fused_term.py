@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sfr
 import sfr.feature.emd
 import sfr.feature.term
-from sfr.feature.term import Terms, feature_terms
+from sfr.feature.results import Terms
+from sfr.feature.term import feature_terms
 from sfr.transport import solve
 from sfr.transport.fallback import OptionalSolver
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sfr
-from sfr.feature.term import Terms
+from sfr.feature.results import Terms
 from sfr.labels.fitted import fitted
 
 IGNORED = -100
