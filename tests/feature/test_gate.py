@@ -27,9 +27,9 @@ def data(count: int = 6) -> tuple[Tensor, Tensor]:
     return images, torch.randint(5, (count,), generator=generator)
 
 
-def test_class_indices_give_the_probability_of_the_label() -> None:
+def test_class_indices_give_the_squared_probability_of_the_label() -> None:
     logits, target = torch.randn(4, 5), torch.tensor([0, 4, 2, IGNORED])
-    expected = [math.exp(logits[i, y]) / logits[i].exp().sum().item() for i, y in enumerate([0, 4, 2])]
+    expected = [(math.exp(logits[i, y]) / logits[i].exp().sum().item()) ** 2 for i, y in enumerate([0, 4, 2])]
     torch.testing.assert_close(fitted(logits, target, IGNORED), torch.tensor([*expected, 1.0]))
 
 
@@ -43,7 +43,7 @@ def test_a_mixed_target_is_as_fitted_as_its_labels_are_in_their_shares() -> None
 def test_of_an_image_with_many_labels_it_is_the_mean_over_those_that_count() -> None:
     logits, target = torch.randn(2, 5, 3, 4), torch.randint(5, (2, 3, 4))
     target[0, 0], target[1] = IGNORED, IGNORED
-    values = [logits.softmax(1)[0, target[0, i, j], i, j] for i in (1, 2) for j in range(4)]
+    values = [logits.softmax(1)[0, target[0, i, j], i, j] ** 2 for i in (1, 2) for j in range(4)]
     torch.testing.assert_close(
         fitted(logits, target, IGNORED), torch.stack([torch.stack(values).mean(), torch.tensor(1.0)])
     )
@@ -62,7 +62,7 @@ def test_the_feature_term_is_the_mean_over_the_images_weighted_by_what_is_fitted
     images, target = data()
     model = sfr.SFRWrapper(net())
     logits = model(images)
-    weights = logits.detach().softmax(1)[torch.arange(6), target]
+    weights = logits.detach().softmax(1)[torch.arange(6), target].square()
     gated, open_ = sfr.SFRLoss(model), sfr.SFRLoss(model, gate="none")
     loss = gated(logits, target)
     of_images = []
