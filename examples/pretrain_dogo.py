@@ -22,7 +22,6 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.optim import Adam
-from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.v2.functional import normalize
 
 from common import data, frozen_features, models, options, runs, two_views
@@ -51,10 +50,10 @@ def pretrain(args: argparse.Namespace, accelerator: Accelerator) -> None:
     with runs.opened(args, accelerator, {}) as run:
         splits = run.load(lambda: data.load_splits(args.dataset, args.data_dir, args.limit))
         parts = splits.train.data, splits.test.data
-        train_loader = loader_of(parts[0], args, accelerator, shuffle=True)
-        loaders = [loader_of(part, args, accelerator) for part in parts]
+        train_loader = run.pixels(parts[0], shuffle=True)
+        loaders = [run.pixels(part) for part in parts]
         some = (part.take(torch.arange(min(CURVE_IMAGES, len(part.labels)))) for part in parts)
-        curve_loaders = [loader_of(part, args, accelerator) for part in some]
+        curve_loaders = [run.pixels(part) for part in some]
 
         criterion = DoGoLoss(args.objective, weights=(args.weight, args.weight))
         set_seed(args.seed)  # the same initial weights in all processes ...
@@ -104,12 +103,6 @@ def build(name: str, args: argparse.Namespace, accelerator: Accelerator) -> Any:
     except ValueError as error:
         raise SystemExit(f"--models {name}: {error}") from error
     return accelerator.prepare(network.to(memory_format=torch.channels_last))
-
-
-def loader_of(part: data.Labelled, args: argparse.Namespace, accelerator: Accelerator, shuffle: bool = False) -> Any:
-    """Batches of pixels and labels; whole ones only where we train."""
-    images = TensorDataset(part.pixels, part.labels)
-    return accelerator.prepare(DataLoader(images, args.batch_size, shuffle=shuffle, drop_last=shuffle))
 
 
 def view(pixels: Tensor, args: argparse.Namespace) -> Tensor:

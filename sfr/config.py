@@ -105,8 +105,8 @@ class SFRConfig:
             and 2 on any network, and mostly below 1, so that 0.25 adds at most a quarter to the loss. 0 switches it
             off.
         gate: "fitted": the feature term of an image counts as far as its labels are fitted, by the square of the
-            probability that the network gives to them, so that a network that does not know them yet learns them first; "none": it
-            counts in full, as it does beside a loss of your own. Our reading.
+            probability that the network gives to them, so that a network that does not know them yet learns them
+            first; "none": it counts in full, as it does beside a loss of your own. Our reading.
         pairs: which deep stage supervises which shallow one: "all" (every i < j, as Tf-FD), "last" (the deepest
             supervises all others, as BYOT), "adjacent", or a sequence of (shallow, deep), each a stage's name, its
             index, or its depth as a float above 0 and up to 1: of n stages the first lies at 1 / n, the last at 1.

@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 from torchvision import models
 
 import sfr
+from common.diffusion_transformer import DiffusionTransformer
 
 mpl.use("Agg")
 
@@ -62,6 +63,10 @@ def surroundings(page):
         names["images"] = [torch.rand(3, 64, 64)] * 2
         box = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
         names["targets"] = [box, box]
+    if page.stem == "layersync":
+        names["transformer"] = DiffusionTransformer(16, patch=4, width=16, depth=6, heads=2, num_classes=10)
+        names["noisy_images"], names["velocity"] = torch.randn(2, 4, 3, 16, 16)
+        names["time"], names["labels"] = torch.rand(4), y
     if page.stem == "kdep":
         names |= {"teacher": models.resnet34(), "student": model, "images": [x] * 2, "loader": [x] * 2}
     if page.stem == "dogo":

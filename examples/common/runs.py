@@ -12,10 +12,10 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import KwargsHandler
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, StackDataset
+from torch.utils.data import DataLoader, StackDataset, TensorDataset
 from tqdm.auto import tqdm
 
-from .data import ImageSet, Splits
+from .data import ImageSet, Labelled, Splits
 from .run_folder import Record, RunFolder, claimed
 
 SHOW_LOSS_EVERY = 10  # steps, because reading a loss makes the device wait
@@ -65,6 +65,11 @@ class Run:
             pin_memory=self.accelerator.device.type == "cuda",
         )
         return self.accelerator.prepare(loader)
+
+    def pixels(self, part: Labelled, shuffle: bool = False) -> Any:
+        """Batches of pixels as they are and labels; whole ones only where we train."""
+        images = TensorDataset(part.pixels, part.labels)
+        return self.accelerator.prepare(DataLoader(images, self.args.batch_size, shuffle=shuffle, drop_last=shuffle))
 
     def epochs(self, loader: Any, steps: int, criterion: nn.Module, description: str) -> Iterator["Epoch"]:
         """Load the checkpoint, if the run has one, say what is trained, and yield the epochs that are left.

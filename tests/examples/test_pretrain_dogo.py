@@ -11,11 +11,12 @@ from written_runs import Killed, assert_same_weights, kill_at_call, metrics, wei
 
 import pretrain_dogo
 from benchmarks.pretrain import dogo
-from common import two_views
+from common import runs, two_views
 from common.checkpoint_files import checkpoints
 from common.data import SOURCES, load_splits
 from common.frozen_features import knn_accuracy, linear_accuracy
 from common.models import build_model
+from common.run_folder import RunFolder
 from common.two_views import plain_view
 from sfr.pretrain import TwoViewNetwork
 
@@ -84,13 +85,13 @@ def test_simsiam_trains_too(tmp_path):
     assert -1 <= metrics(tmp_path)[0]["ssl_first_loss"] <= 1
 
 
-def test_encode_gives_features_of_plain_images_in_their_order():
+def test_encode_gives_features_of_plain_images_in_their_order(tmp_path):
     args = pretrain_dogo.parse_arguments(["--batch-size", "16", "--image-size", "8"])
     images = load_splits("digits", None, limit=40).train.data
     network = TwoViewNetwork(build_model("wrn_16_2", 10)).train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     accelerator = accelerate.Accelerator()
-    loader = pretrain_dogo.loader_of(images, args, accelerator)
+    loader = runs.Run(args, accelerator, RunFolder(tmp_path), {}).pixels(images)
     features, labels = pretrain_dogo.encode(network, loader, args, accelerator)
     assert_same_weights(network.state_dict(), before)  # BatchNorm has learnt nothing from them
     assert torch.equal(labels, images.labels)
