@@ -1,7 +1,7 @@
 """A small network on few labels, some of them wrong: plain, with the two lines, and with smoothing="class_mean".
 
     python examples/compare.py                            # about a minute on two CPU cores; draws runs/compare.png
-    python examples/compare.py --labels 10 --epochs 100   # so few that the two lines cost half a point to a point
+    python examples/compare.py --labels 10 --epochs 100   # so few that nothing is gained
 
 The data are scikit-learn's digits. Thirty images of each class are labelled for training, one label in five is wrong,
 and all other images are the test set. The trainings of a seed share labelled images, initial weights and the order of

@@ -278,5 +278,5 @@ def _pair(pair: object) -> tuple[Stage, Stage]:
         if not isinstance(stage, (numbers.Real, str)) or isinstance(stage, bool):
             raise TypeError(f"pairs must name stages by name, index or depth; got {stage!r}")
         if not isinstance(stage, (numbers.Integral, str)) and not 0 < float(stage) <= 1:
-            raise ValueError(f"pairs: a depth lies above 0 and up to 1; got {stage!r}")
+            raise ValueError(f"pairs must name depths above 0 and up to 1; got {stage!r}")
     return plain_number(pair[0]), plain_number(pair[1])

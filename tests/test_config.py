@@ -29,6 +29,7 @@ FULL: dict[str, Any] = {
     "update": "epoch",
     "ignore_index": 255,
 }
+IN_PLACE: dict[str, Any] = {"matching": "in_place", "pairs": ((0.3, 0.7), (1, "layer4"))}
 PAST: dict[str, Any] = {"smoothing": "past", "num_samples": 1000, "alpha": 0.3}
 RAMPS: dict[str, Any] = {
     "feature_weight": Ramp(0, 0.7, steps=100),
@@ -37,13 +38,15 @@ RAMPS: dict[str, Any] = {
 }
 STAGES: dict[str, Any] = {"stages": ("layer1", "layer2", "layer3"), "layout": "channels_last", "prefix_tokens": 1}
 tables = pytest.mark.parametrize(
-    "values", [{}, FULL, PAST, RAMPS], ids=["defaults", "fields of class means", "fields of past", "ramps"]
+    "values",
+    [{}, FULL, PAST, RAMPS, IN_PLACE],
+    ids=["defaults", "fields of class means", "fields of past", "ramps", "in place"],
 )
 every_field = pytest.mark.parametrize("name", [field.name for field in fields(SFRConfig)])
 
 
 def test_tables_of_this_test_cover_every_field_with_another_value_than_the_default() -> None:
-    for table, kind in ((FULL | PAST, SFRConfig), (STAGES, StageSettings)):
+    for table, kind in ((FULL | PAST | IN_PLACE, SFRConfig), (STAGES, StageSettings)):
         assert set(table) == {field.name for field in fields(kind)}
         assert all(value != getattr(kind(), name) for name, value in table.items())
 
@@ -86,7 +89,7 @@ def test_unknown_key_is_refused_with_the_known_ones() -> None:
 @every_field
 def test_no_field_can_be_assigned(name: str) -> None:
     with pytest.raises(FrozenInstanceError):
-        setattr(SFRConfig(), name, (FULL | PAST)[name])
+        setattr(SFRConfig(), name, (FULL | PAST | IN_PLACE)[name])
 
 
 @pytest.mark.parametrize("name", list(STAGES))
@@ -237,7 +240,9 @@ def test_bad_setting_of_the_stages_is_refused_with_field_and_value(
         ((0, 1, 2), ValueError, (0, 1, 2)),
         ("ab", ValueError, "ab"),
         (3, ValueError, 3),
-        ((0, 1.5), TypeError, 1.5),
+        ((0, 1.5), ValueError, 1.5),
+        ((0.0, 1), ValueError, 0.0),
+        ((0, [1]), TypeError, [1]),
         ((True, 1), TypeError, True),
         ((None, 1), TypeError, None),
     ],
@@ -342,7 +347,7 @@ def test_a_misspelt_switch_of_the_loss_is_an_error_with_the_near_name(make_net: 
     misspelt = name[0] + name[2] + name[1] + name[3:]
     assert misspelt != name
     with pytest.raises(TypeError, match=rf"SFRLoss takes no argument '{misspelt}'; near names: .*'{name}'"):
-        sfr.SFRLoss(sfr.SFRWrapper(make_net()), **{misspelt: (FULL | PAST)[name]})
+        sfr.SFRLoss(sfr.SFRWrapper(make_net()), **{misspelt: (FULL | PAST | IN_PLACE)[name]})
 
 
 @pytest.mark.parametrize(

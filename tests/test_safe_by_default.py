@@ -271,13 +271,14 @@ def warnings_of(criterion, batch, steps):
 
 @pytest.mark.parametrize(("steps", "expected"), [(49, 0), (50, 1), (120, 1)])
 def test_a_feature_term_above_a_third_of_the_loss_for_fifty_steps_warns_once(make_net, batch, steps, expected):
-    found = warnings_of(sfr.SFRLoss(sfr.SFRWrapper(make_net()), feature_weight=100.0), batch, steps)
+    criterion = sfr.SFRLoss(sfr.SFRWrapper(make_net()), feature_weight=100.0, gate="none")
+    found = warnings_of(criterion, batch, steps)
     assert len(found) == expected
     assert all("more than a third of the loss for 50 steps" in message for message in found)
 
 
 def test_a_third_of_the_loss_with_pauses_does_not_warn(make_net, batch):
-    criterion = sfr.SFRLoss(sfr.SFRWrapper(make_net()), feature_weight=sfr.Ramp(100.0, 0, 1, after=40))
+    criterion = sfr.SFRLoss(sfr.SFRWrapper(make_net()), feature_weight=sfr.Ramp(100.0, 0, 1, after=40), gate="none")
     assert warnings_of(criterion, batch, 120) == []
 
 

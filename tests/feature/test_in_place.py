@@ -108,9 +108,9 @@ def test_pairs_by_depth_are_the_stages_that_lie_next_to_it():
     [
         ([(0.5, 0.4)], "must come after"),
         ([(0.5, 0.6)], r"\(0.5, 0.6\) are both stage 'b'.*name more stages"),
-        ([(0.0, 0.5)], r"a depth lies above 0 and up to 1; got 0.0"),
-        ([(0.5, 1.5)], r"a depth lies above 0 and up to 1; got 1.5"),
-        ([(0.5, float("nan"))], r"a depth lies above 0 and up to 1; got nan"),
+        ([(0.0, 0.5)], r"must name depths above 0 and up to 1; got 0.0"),
+        ([(0.5, 1.5)], r"must name depths above 0 and up to 1; got 1.5"),
+        ([(0.5, float("nan"))], r"must name depths above 0 and up to 1; got nan"),
     ],
 )
 def test_bad_depths_are_an_error(pairs, message):
