@@ -40,12 +40,14 @@ SEVERITIES = ("1", "3", "5")
 
 # The rows and columns of the README.
 SITUATIONS = {
-    ("few-16px", "resnet20", "held-out"): "ResNet-20, 10 % of CIFAR-100's labels, 16 px, 60 epochs",
-    ("tenth-16px", "resnet20", "test"): "the same, 100 epochs",
-    ("tenth", "resnet20", "test"): "the same, 32 px",
-    ("full-30-16px", "resnet20", "test"): "ResNet-20, all of CIFAR-100, 16 px, 30 epochs",
-    ("vit", "vit-small-images", "held-out"): "small ViT, 4 % of CIFAR-10's labels",
-    ("fine-tune-20", "efficientnet-lite0", "held-out"): "EfficientNet-Lite0 from ImageNet, 100 flowers",
+    ("few-16px", "resnet20", "cifar100", "held-out"): "ResNet-20, 10 % of CIFAR-100's labels, 16 px, 60 epochs",
+    ("tenth-16px", "resnet20", "cifar100", "test"): "the same, 100 epochs",
+    ("tenth", "resnet20", "cifar100", "test"): "the same, 32 px",
+    ("full-30-16px", "resnet20", "cifar100", "test"): "ResNet-20, all of CIFAR-100, 16 px, 30 epochs",
+    ("full-5-16px", "resnet20", "cifar100", "held-out"): "the same, 5 epochs",
+    ("vit", "vit-small-images", "cifar10", "held-out"): "small ViT, 4 % of CIFAR-10's labels",
+    ("fine-tune-20", "efficientnet-lite0", "flowers", "held-out"): "EfficientNet-Lite0 from ImageNet, 100 flowers",
+    ("fine-tune-20", "efficientnet-lite0", "elpv", "held-out"): "the same, 40 solar cells",
 }
 SUMMED = {OURS: "two lines", UNGATED: "without the gate", EARLIER: "earlier default", PAST: "earlier, past predictions"}
 SUMMARY = """\
@@ -127,14 +129,14 @@ def readme_part(groups: Sequence[Group]) -> str:
     return f"{SUMMARY}\n\n{markdown_table(heads, rows)}" if rows else NOTHING_YET
 
 
-def situation(groups: Iterable[Group], key: tuple[str, str, str], words: str) -> list[list[str]]:
-    """Return the row of the group with this schedule, model and part, if it is there."""
+def situation(groups: Iterable[Group], key: tuple[str, str, str, str], words: str) -> list[list[str]]:
+    """Return the row of the group with this schedule, model, data set and part, if it is there."""
     for group in groups:
-        if (group.cell["schedule"], group.cell["model"], group.cell["part"]) == key and BASE in group.arms:
+        if tuple(group.cell[name] for name in ("schedule", "model", "dataset", "part")) == key and BASE in group.arms:
             base = group.scores(BASE)
             found = [differences(group.scores(arm), base) for arm in SUMMED]
             gains = [f"{with_error(paired)} ({len(paired)})" if paired else "" for paired in found]
-            return [[words, f"{100 * mean(base.values()):.1f}", *gains, f"`{key[0]}` ({key[2]})"]]
+            return [[words, f"{100 * mean(base.values()):.1f}", *gains, f"`{key[0]}` ({key[3]})"]]
     return []
 
 
