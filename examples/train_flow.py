@@ -71,10 +71,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> nn.Module:
         model, criterion = regularized(network, args)
         set_seed(args.seed, device_specific=True)  # ... but noise of their own
         optimizer = AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.01)
-        schedule = learning_rate.warmup_then_cosine(optimizer, args.epochs * len(train_loader))
+        steps = args.epochs * len(train_loader)
+        schedule = learning_rate.warmup_then_cosine(optimizer, steps)
         model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
         accelerator.register_for_checkpointing(average)
-        steps = args.epochs * len(train_loader)
 
         for epoch in run.epochs(train_loader, steps, criterion, describe(network)):
             model.train()

@@ -97,9 +97,7 @@ def emd_l2_of_pairs(
 
 
 def in_place_of_pairs(pairs: Sequence[tuple[Tensor, Tensor]], *, cost: Cost) -> list[Tensor]:
-    """Return the mean ground cost of the nodes at the same place, of several pairs (B, N, C) each, each (B,)."""
-    if not pairs:
-        return []
+    """Return the mean ground cost of the nodes at the same place, of one or more pairs (B, N, C) each, each (B,)."""
     with torch.autocast(pairs[0][0].device.type, enabled=False):
         values = []
         for side in _comparable(pairs, cost, "uniform"):

@@ -7,12 +7,11 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from torchvision.transforms.v2 import functional as transforms
-from written_runs import Killed, assert_same_weights, kill_at_call, metrics, weights
+from written_runs import assert_killed_run_resumes, assert_same_weights, metrics, weights
 
 import pretrain_dogo
 from benchmarks.pretrain import dogo
 from common import runs, two_views
-from common.checkpoint_files import checkpoints
 from common.data import SOURCES, load_splits
 from common.frozen_features import knn_accuracy, linear_accuracy
 from common.models import build_model
@@ -60,13 +59,7 @@ def test_written_weights_load_into_networks_of_the_same_kind(undisturbed):
 def test_a_killed_run_resumes_to_the_weights_of_an_undisturbed_one(
     tmp_path, monkeypatch, undisturbed, fatal_step, left
 ):
-    with monkeypatch.context() as patch:
-        kill_at_call(patch, accelerate.Accelerator, "backward", fatal_step)
-        with pytest.raises(Killed):
-            pretrain(tmp_path)
-    assert [path.name for path in checkpoints(tmp_path)] == left
-    pretrain(tmp_path, "--resume")
-    assert_same_weights(weights(tmp_path), weights(undisturbed))
+    assert_killed_run_resumes(monkeypatch, pretrain, tmp_path, undisturbed, fatal_step, left)
     assert metrics(tmp_path) == metrics(undisturbed)
 
 

@@ -2,15 +2,13 @@
 
 import json
 
-import accelerate
 import pytest
 import torch
 from processes import run_ranks
-from written_runs import Killed, assert_same_weights, kill_at_call, metrics, weights
+from written_runs import assert_killed_run_resumes, assert_same_weights, metrics, weights
 
 import train_flow
 from common import runs
-from common.checkpoint_files import checkpoints
 from common.diffusion_transformer import DiffusionTransformer
 from common.flow import noisy, sample
 
@@ -72,13 +70,7 @@ def test_what_is_written_is_the_slow_average(tmp_path):
 def test_a_killed_run_resumes_to_the_weights_of_an_undisturbed_one(
     tmp_path, monkeypatch, undisturbed, fatal_step, left
 ):
-    with monkeypatch.context() as patch:
-        kill_at_call(patch, accelerate.Accelerator, "backward", fatal_step)
-        with pytest.raises(Killed):
-            train(tmp_path)
-    assert [path.name for path in checkpoints(tmp_path)] == left
-    train(tmp_path, "--resume")
-    assert_same_weights(weights(tmp_path), weights(undisturbed))
+    assert_killed_run_resumes(monkeypatch, train, tmp_path, undisturbed, fatal_step, left)
 
 
 def test_without_weight_it_is_the_baseline(tmp_path, undisturbed):

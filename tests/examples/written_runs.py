@@ -2,7 +2,11 @@
 
 import json
 
+import accelerate
+import pytest
 import torch
+
+from common.checkpoint_files import checkpoints
 
 
 def weights(folder):
@@ -33,3 +37,14 @@ def kill_at_call(monkeypatch, owner, name, number):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, fatal)
+
+
+def assert_killed_run_resumes(monkeypatch, train, folder, undisturbed, fatal_step, left):
+    """Kill ``train(folder)`` in a step, which leaves the checkpoints `left`; resumed, it ends with the same weights."""
+    with monkeypatch.context() as patch:
+        kill_at_call(patch, accelerate.Accelerator, "backward", fatal_step)
+        with pytest.raises(Killed):
+            train(folder)
+    assert [path.name for path in checkpoints(folder)] == left
+    train(folder, "--resume")
+    assert_same_weights(weights(folder), weights(undisturbed))
