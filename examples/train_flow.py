@@ -7,7 +7,8 @@
 Flow matching: the network learns the velocity that leads from an image to noise, of images of a given class. Each token
 of the block at 0.3 of the depth is pulled towards the same token of the block at 0.7, by the cosine
 (LayerSync, arXiv 2510.12581); --sfr takes any other arguments of SFRLoss, such as matching=transport. A slow average of
-the weights is what draws, is judged and is written.
+the weights is what draws, is judged and is written. A tenth of the images come without their class, so that --guidance
+can tell what a class adds.
 
 Five times in a run samples.png in its folder shows what is drawn, a row for each class. The error of the velocity on
 test images has noise and times of its own, the same for every run and every epoch.
@@ -34,7 +35,7 @@ import sfr
 from common import data, learning_rate, options, runs
 from common.atomic_file import replace_file
 from common.diffusion_transformer import DiffusionTransformer
-from common.flow import noisy, sample
+from common.flow import guided, noisy, sample
 
 LAYERSYNC: dict[str, Any] = {"matching": "in_place", "pairs": [(0.3, 0.7)], "feature_weight": 0.5}
 CIFAR: dict[str, Any] = {
@@ -83,7 +84,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> nn.Module:
                 inputs, velocity = noisy(
                     images, torch.randn_like(images), (time := torch.rand_like(images[:, 0, 0, 0]))
                 )
-                loss = criterion(model(inputs, time, labels), velocity)
+                loss = criterion(model(inputs, time, some_without(labels, args)), velocity)
                 epoch.note(loss=loss, **parts(criterion))
                 accelerator.backward(loss)
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
@@ -161,6 +162,16 @@ def prepared(pixels: Tensor, args: argparse.Namespace, flip: bool = False) -> Te
     return torch.where(mirrored, images.flip(3), images)
 
 
+def some_without(labels: Tensor, args: argparse.Namespace) -> Tensor:
+    """Return the labels (B,), some replaced by the one that stands for no class."""
+    hidden = torch.rand(labels.shape, device=labels.device) < args.unlabelled
+    return labels.masked_fill(hidden, no_class(args))
+
+
+def no_class(args: argparse.Namespace) -> int:
+    return data.SOURCES[args.dataset].num_classes
+
+
 @torch.no_grad()
 def evaluate(average: nn.Module, loader: Any, run: runs.Run, quarters: bool = False) -> dict[str, float]:
     """Return the error of the velocity on the test images, also of each quarter of the time, from image to noise."""
@@ -192,7 +203,8 @@ def draw(average: nn.Module, args: argparse.Namespace, device: torch.device) -> 
     shape = (len(labels), 3, args.image_size, args.image_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     average.eval()
-    images = sample(average, noise.to(device), labels.to(device), args.sampling_steps).cpu()
+    velocity = guided(average, args.guidance, no_class(args))
+    images = sample(velocity, noise.to(device), labels.to(device), args.sampling_steps).cpu()
     shown = F.interpolate(images, scale_factor=max(1, 32 // args.image_size))
     replace_file(
         args.output_dir / "samples.png",
@@ -217,6 +229,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--lr", type=float, help="peak, of AdamW; default 2e-3 for digits, 1e-3 for CIFAR")
     add("--average", type=options.fraction, default=0.999, help="share that the slow average keeps at a step")
     add("--sampling-steps", type=options.positive, default=20, help="of Heun's method, for samples.png")
+    add("--unlabelled", type=options.fraction, default=0.1, help="share of the images that are shown without class")
+    add(
+        "--guidance", type=float, default=1.5, help="of samples.png: how often what the class adds is counted; 1: as is"
+    )
     add("--seed", type=int, default=0)
     add("--limit", type=options.positive, metavar="N", help="first N training and test images only")
     add("--output-dir", type=Path, help="default runs/flow-DATASET-METHOD-seedSEED, if taken with -2, -3 ...")

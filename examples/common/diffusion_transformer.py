@@ -10,7 +10,8 @@ from torch import Tensor, nn
 class DiffusionTransformer(nn.Module):
     """Predicts the velocity of noisy images, given how noisy they are and their classes.
 
-    The layers that scale and shift start at zero, so each block starts as the identity and the output at zero.
+    The layers that scale and shift start at zero, so each block starts as the identity and the output at zero. A label
+    of `num_classes`, one after the last class, stands for no class at all.
 
     Args:
         image_size: pixels a side, a multiple of `patch`.
@@ -36,14 +37,14 @@ class DiffusionTransformer(nn.Module):
         self.to_tokens = nn.Conv2d(3, width, patch, patch)
         self.places = nn.Parameter(0.02 * torch.randn((image_size // patch) ** 2, width))
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.classes = nn.Embedding(num_classes, width)
+        self.classes = nn.Embedding(num_classes + 1, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation = zero(nn.Linear(width, 2 * width))
         self.to_pixels = zero(nn.Linear(width, 3 * patch**2))
 
     def forward(self, images: Tensor, time: Tensor, labels: Tensor) -> Tensor:
-        """Return the velocity (B, 3, H, W) of images (B, 3, H, W) at times (B,) in [0, 1], of classes (B,)."""
+        """Return the velocity (B, 3, H, W) of images (B, 3, H, W) at times (B,) in [0, 1], of classes (B,) or none."""
         condition = F.silu(self.time(waves(time, self.places.shape[1])) + self.classes(labels))
         tokens = self.to_tokens(images).flatten(2).transpose(1, 2) + self.places
         for block in self.blocks:

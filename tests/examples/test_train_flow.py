@@ -10,7 +10,7 @@ from written_runs import assert_killed_run_resumes, assert_same_weights, metrics
 import train_flow
 from common import runs
 from common.diffusion_transformer import DiffusionTransformer
-from common.flow import noisy, sample
+from common.flow import guided, noisy, sample
 
 
 def small(output_dir, *arguments):
@@ -126,6 +126,25 @@ def test_one_straight_path_is_followed_in_one_step():
     noise, image = torch.randn(2, 4, 3, 4, 4)
     found = sample(lambda x, time, labels: noise - image, noise, torch.zeros(4, dtype=torch.long), steps=1)
     torch.testing.assert_close(found, image)
+
+
+def test_guidance_counts_what_the_class_adds():
+    def velocity(images, time, labels):
+        return images + labels[:, None, None, None]
+
+    images, time, labels = torch.zeros(2, 3, 4, 4), torch.zeros(2), torch.tensor([1, 4])
+    found = guided(velocity, 2.0, no_class=3)(images, time, labels)
+    assert found.mean(dim=(1, 2, 3)).tolist() == [2 * 1 - 3, 2 * 4 - 3]
+    assert guided(velocity, 1.0, no_class=3) is velocity
+
+
+def test_a_share_of_the_images_has_no_class():
+    args = train_flow.parse_arguments(["--unlabelled", "0.25"])
+    torch.manual_seed(0)
+    found = train_flow.some_without(torch.arange(10).repeat(1000), args)
+    hidden = found == 10
+    assert hidden.float().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert found[~hidden].equal(torch.arange(10).repeat(1000)[~hidden])
 
 
 def test_the_network_starts_at_zero_and_its_blocks_as_the_identity():

@@ -1,0 +1,1 @@
+"""Do deep blocks that supervise shallow ones help a network to draw."""

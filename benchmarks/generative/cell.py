@@ -1,0 +1,158 @@
+"""One training of a diffusion transformer by examples/train_flow.py, and how it is judged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common.environment import environment
+from benchmarks.common.images import resized
+from benchmarks.common.paths import ROOT
+from benchmarks.generative.scores import frechet_distances, probes
+from examples.common.atomic_file import replace_text
+from examples.common.data import SOURCES, Labelled, load_splits
+from examples.common.diffusion_transformer import DiffusionTransformer
+from examples.common.flow import sample
+
+Record = dict[str, Any]
+ARMS = {
+    "vanilla": "--method vanilla",
+    "vanilla-1.5-lr": "--method vanilla",
+    "layersync": "",  # what the example does: in place, cosine, the blocks at 0.3 and 0.7 of the depth, weight 0.5
+    "layersync-0.2": "--sfr feature_weight=0.2",
+    "transport": "--sfr matching=transport",
+    "in-place-all": "--sfr pairs=all",
+}
+RATES = {"vanilla-1.5-lr": 1.5}  # learning rates as multiples of the plan's
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The recipe of all arms, and how many images they are judged on."""
+
+    dataset: str
+    image_size: int
+    patch: int
+    width: int
+    depth: int
+    epochs: int
+    batch_size: int = 128
+    lr: float = 1e-3
+    limit: int | None = None
+    drawn: int = 5000  # images for the Fréchet distance
+    sampling_steps: int = 8  # of Heun's method
+    probed: int = 10_000  # training images for the linear probes
+
+    def options(self, arm: str, seed: int) -> list[str]:
+        """Return the command line of the example."""
+        values = {name.replace("_", "-"): getattr(self, name) for name in RECIPE} | {"seed": seed}
+        values["lr"] = self.lr * RATES.get(arm, 1)
+        given = [f"--{name}={value}" for name, value in values.items() if value is not None]
+        return given + ARMS[arm].split()
+
+
+RECIPE = ("dataset", "image_size", "patch", "width", "depth", "epochs", "batch_size", "lr", "limit")
+PLANS = {
+    "tiny": Plan(
+        "digits", 8, 4, 16, 4, 1, batch_size=16, limit=64, drawn=32, sampling_steps=1, probed=64
+    ),  # tries every line
+    "cpu": Plan("cifar10", 16, 4, 96, 8, 6),
+    "gpu": Plan("cifar10", 32, 2, 384, 12, 60, batch_size=256, drawn=10_000, sampling_steps=20),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is trained: an arm of a plan, from one seed."""
+
+    plan: str
+    arm: str
+    seed: int
+
+    @property
+    def file(self) -> Path:
+        """Where the result lies, below the folder of all results."""
+        return Path(self.plan, f"{self.arm}-seed{self.seed}.json")
+
+
+def run_cell(cell: Cell, data_dir: Path | None, results: Path, cache: Path) -> Record:
+    """Train and judge one cell and write its file; a training that was killed goes on.
+
+    Args:
+        cell: which one.
+        data_dir: folder with the data set's Parquet files, in place of the Hub.
+        results: folder of the JSON files.
+        cache: folder of the trainings.
+    """
+    plan = PLANS[cell.plan]
+    folder = (cache / cell.file).with_suffix("")
+    options = plan.options(cell.arm, cell.seed)
+    train(options, data_dir, folder)
+    start = time.perf_counter()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = judged(plan, folder, data_dir, device)
+    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    record = {
+        **asdict(cell),
+        "options": " ".join(options),
+        "environment": environment(device),
+        "training_seconds": round(sum(epoch["seconds"] for epoch in history), 1),
+        "judging_seconds": round(time.perf_counter() - start, 1),
+        "scores": found,
+        "history": history,
+    }
+    file = results / cell.file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(file, json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def train(options: list[str], data_dir: Path | None, folder: Path) -> None:
+    """Run the example, or what is left of it."""
+    source = [f"--data-dir={data_dir.resolve()}"] if data_dir else []
+    command = [sys.executable, "examples/train_flow.py", *options, *source, "--output-dir", str(folder), "--resume"]
+    if not (folder / "model.pt").exists():
+        subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def judged(plan: Plan, folder: Path, data_dir: Path | None, device: torch.device) -> Record:
+    """Return the scores of the slow average of a training."""
+    classes = SOURCES[plan.dataset].num_classes
+    network = DiffusionTransformer(
+        plan.image_size, patch=plan.patch, width=plan.width, depth=plan.depth, heads=4, num_classes=classes
+    )
+    network.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
+    network.to(device).eval()
+    splits = load_splits(plan.dataset, data_dir, plan.limit)
+    train, test = (in_range(part.data, plan.image_size) for part in (splits.train, splits.test))
+    summary = json.loads((folder / "summary.json").read_text())
+    images = {"drawn": drawn_images(network, plan, classes, device), "training": train.pixels[: plan.drawn]}
+    return {
+        "error": summary["test_loss"],
+        "error_by_quarter": [summary[f"test_loss_quarter_{i}"] for i in (1, 2, 3, 4)],
+        "frechet": frechet_distances(test.pixels, images, device),
+        "probes": probes(network, Labelled(*(part[: plan.probed] for part in train)), test, classes),
+    }
+
+
+def in_range(part: Labelled, size: int) -> Labelled:
+    """Return images of a size in [-1, 1], with their labels."""
+    return Labelled(resized(part.pixels, size) / 127.5 - 1, part.labels)
+
+
+def drawn_images(network: DiffusionTransformer, plan: Plan, classes: int, device: torch.device) -> Tensor:
+    """Return images that the network has drawn, in equal parts of each class, from the same noise for every arm."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(plan.drawn) % classes
+    noise = torch.randn(plan.drawn, 3, plan.image_size, plan.image_size, generator=generator)
+    parts = zip(noise.split(plan.batch_size), labels.split(plan.batch_size), strict=True)
+    return torch.cat([sample(network, a.to(device), b.to(device), plan.sampling_steps).cpu() for a, b in parts])

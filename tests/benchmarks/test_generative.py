@@ -1,0 +1,99 @@
+"""The benchmark of networks that draw: its scores, and every line of it once."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks.generative import __main__ as command
+from benchmarks.generative import cell as cells
+from benchmarks.generative import page, scores
+from examples.common.data import Labelled
+from examples.common.diffusion_transformer import DiffusionTransformer
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["generative", *arguments])
+    command.main()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two arms of the smallest plan."""
+    path = tmp_path_factory.mktemp("generative")
+    with pytest.MonkeyPatch.context() as patch:
+        arms = ["--arms", "vanilla", "layersync", "--seeds", "3"]
+        run(patch, "--plan", "tiny", *arms, "--results", str(path / "results"), "--cache", str(path / "cache"))
+    return path
+
+
+def test_a_cell_says_what_was_run_and_found(folder):
+    cell = json.loads((folder / "results/tiny/layersync-seed3.json").read_text())
+    assert cell["options"].startswith("--dataset=digits --image-size=8")
+    assert "--seed=3" in cell["options"]
+    assert len(cell["scores"]["probes"]) == cells.PLANS["tiny"].depth
+    assert min(cell["scores"]["frechet"].values()) > 0
+    assert cell["history"][-1]["test_loss"] == cell["scores"]["error"]
+    assert cell["environment"]["versions"]["torch"] == torch.__version__.partition("+")[0]
+
+
+def test_arms_differ_in_what_their_names_say():
+    plan = cells.PLANS["cpu"]
+    plain, faster, other = (plan.options(arm, 0) for arm in ("vanilla", "vanilla-1.5-lr", "transport"))
+    assert set(faster) - set(plain) == {"--lr=0.0015"}
+    assert set(other) - set(plain) == {"--sfr", "matching=transport"}
+
+
+def test_a_cell_that_is_there_is_not_run_again(folder, monkeypatch, capsys):
+    monkeypatch.setattr(command, "run_cell", None)
+    arguments = ["--plan", "tiny", "--arms", "vanilla", "--seeds", "3", "--results", str(folder / "results")]
+    run(monkeypatch, *arguments)
+    assert "is there" in capsys.readouterr().out
+
+
+def test_a_training_that_is_over_is_only_judged(folder):
+    weights = folder / "cache/tiny/vanilla-seed3/model.pt"
+    written = weights.stat().st_mtime_ns
+    again = cells.run_cell(cells.Cell("tiny", "vanilla", 3), None, folder / "again", folder / "cache")
+    before = json.loads((folder / "results/tiny/vanilla-seed3.json").read_text())
+    assert again["scores"] == before["scores"]
+    assert weights.stat().st_mtime_ns == written
+
+
+def test_the_page_pairs_the_seeds(folder, monkeypatch, tmp_path):
+    (tmp_path / "generative.md").write_text(f"# By hand\n\n{page.MARK}\n")
+    for name, path in (
+        ("CELLS", folder / "results"),
+        ("DOCS", tmp_path),
+        ("PAGE", tmp_path / "generative.md"),
+    ):
+        monkeypatch.setattr(page, name, path)
+    page.write_page()
+    text = (tmp_path / "generative.md").read_text()
+    found = page.read_cells("tiny")
+    gap = 1000 * (found["layersync"][3]["scores"]["error"] - found["vanilla"][3]["scores"]["error"])
+    assert text.startswith("# By hand")
+    assert f"| `layersync` | 1 | {gap:+.2f} |" in text
+    assert (tmp_path / "generative-tiny.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_distance_is_zero_for_the_same_images_and_grows_with_noise():
+    torch.manual_seed(0)
+    real = torch.nn.functional.interpolate(torch.rand(400, 3, 4, 4), 16, mode="bilinear") * 2 - 1
+    others = {f"{noise}": real + noise * torch.randn_like(real) for noise in (0, 0.1, 0.4)}
+    found = scores.frechet_distances(real, others, torch.device("cpu"))
+    assert found["0"] == pytest.approx(0, abs=1e-3)
+    assert 1 < 3 * found["0.1"] < found["0.4"]
+
+
+def test_a_probe_reads_what_a_block_holds():
+    """A network whose blocks are the identity holds the images: classes that differ in brightness can be told."""
+    torch.manual_seed(0)
+    network = DiffusionTransformer(8, patch=4, width=16, depth=2, heads=2, num_classes=2).eval()
+    labels = torch.arange(200) % 2
+    images = 0.3 * torch.randn(200, 3, 8, 8) + 0.8 * (2 * labels[:, None, None, None] - 1)
+    part = Labelled(images, labels)
+    assert min(scores.probes(network, part, part, 2)) > 0.95
+    shuffled = Labelled(images, labels[torch.randperm(200)])
+    assert max(scores.probes(network, part, shuffled, 2)) < 0.7
