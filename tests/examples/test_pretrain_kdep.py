@@ -6,7 +6,6 @@ import shutil
 import accelerate
 import pytest
 import torch
-import torchvision
 from processes import run_ranks
 from torch import nn
 from written_runs import Killed, assert_same_weights, kill_at_call, metrics, weights
@@ -16,7 +15,7 @@ from common.folder_lock import FolderLock
 from common.models import build_model
 from common.run_folder import curves
 from common.weights import load_backbone
-from sfr.pretrain import Alignment
+from sfr.pretrain import Alignment, PooledFeatures
 
 STAGES = ("teacher", "pretrain", "finetune")
 
@@ -68,6 +67,30 @@ def test_fine_tuning_starts_from_the_pretrained_student(finished, tmp_path):
     convolutions = [name for name in pretrained if "conv" in name]
     assert all(torch.equal(tuned[name], pretrained[name]) for name in convolutions)
     assert not any(torch.equal(student.state_dict()[name], pretrained[name]) for name in convolutions)
+
+
+def test_with_views_the_teacher_looks_once_and_a_killed_run_resumes_to_the_same_weights(
+    finished, tmp_path, monkeypatch
+):
+    given = ("--teacher-weights", str(finished[0] / "teacher" / "model.pt"), "--views", "2", "--epochs", "3")
+    looked = []
+    look = PooledFeatures._output_of
+    monkeypatch.setattr(PooledFeatures, "_output_of", lambda *args: looked.append(1) or look(*args))
+
+    def train(name, *arguments):
+        folder = tmp_path / name
+        run(folder, *given, "--teacher-at", "layer3", "--feature-cache", str(tmp_path / "cache"), *arguments)
+        return folder
+
+    whole = train("whole")
+    assert len(looked) == 3  # batches: two views of the training images, one of the test images
+    with monkeypatch.context() as patch:
+        kill_at_call(patch, accelerate.Accelerator, "backward", 5)
+        with pytest.raises(Killed):
+            train("killed")
+    resumed = train("killed", "--resume")
+    assert len(looked) == 3
+    assert_same_weights(weights(resumed / "pretrain"), weights(whole / "pretrain"))
 
 
 @pytest.mark.parametrize(("fatal_step", "epochs_done"), [(1, 0), (3, 1)])
@@ -124,23 +147,6 @@ def test_learnable_aligner_trains_on_the_features_at_a_named_place(finished, tmp
     run(tmp_path, *arguments)
     assert not (tmp_path / "teacher").exists()
     assert weights(tmp_path / "pretrain").keys() == build_model("resnet8", 10).state_dict().keys()
-
-
-def test_librarys_own_teacher_sees_images_of_its_size(monkeypatch):
-    asked = {}
-    build = torchvision.models.get_model
-
-    def without_download(name, weights):
-        asked.update(name=name, weights=weights)
-        return build(name, weights=None)
-
-    monkeypatch.setattr(torchvision.models, "get_model", without_download)
-    teacher = pretrain_kdep.load_teacher("resnet18", "pretrained", 10)
-    sizes = []
-    teacher[1].conv1.register_forward_pre_hook(lambda _, args: sizes.append(tuple(args[0].shape)))
-    teacher(torch.zeros(1, 3, 32, 32))
-    assert asked == {"name": "resnet18", "weights": "DEFAULT"}
-    assert sizes == [(1, 3, 224, 224)]
 
 
 def test_weights_of_another_teacher_are_refused_with_the_file(tmp_path):
