@@ -41,8 +41,7 @@ class SFRLoss(DropInLoss):
     ``torch.no_grad()``, inside ``model.disable()`` and, with a warning, if the model is in evaluation mode. Under
     ``torch.compile`` it runs eagerly, as a whole. A sample whose features are not finite has a feature term of zero,
     and training goes on. One warning each tells of that; of a feature term that stays above a third of the loss for 50
-    steps (beside the largest label term so far, because the label term goes to zero); and of one that trains nothing
-    because all supervised stages are frozen.
+    steps, beside the largest label term so far; and of one that trains nothing because its stages are frozen.
 
     Args:
         model: the :class:`sfr.SFRWrapper`, also inside DDP or ``torch.compile``.
