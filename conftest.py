@@ -8,7 +8,12 @@ import pytest
 import torch
 
 OPTIONAL = {
-    "numba": ["sfr/transport/assignment.py"],
+    "numba": [
+        "sfr/feature/cosine_kernel.py",
+        "sfr/transport/assignment.py",
+        "sfr/transport/numba_functions.py",
+        "sfr/transport/semi_assignment.py",
+    ],
     "triton": ["sfr/transport/fused.py", "sfr/feature/fused.py", "sfr/feature/kernels.py"],
 }
 collect_ignore = [path for package, paths in OPTIONAL.items() if not find_spec(package) for path in paths]

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from sfr.checks import check_choice
 from sfr.config import Cost, Marginals, Reduction, Solver
+from sfr.feature.compiled import cosine_distance, fits
 from sfr.feature.directions import cross_reference, directions, root_mean_square
+from sfr.feature.planned import PlannedDistance, squared_cost
 from sfr.transport import solve
 
 
@@ -82,12 +84,36 @@ def emd_l2_of_pairs(
     """
     if not pairs:
         return []
+    if cost == "cosine" and marginals == "uniform" and solver in ("auto", "exact"):
+        found = _compiled(pairs, solver)
+        if found is not None:
+            return found
+    return _planned(pairs, cost, marginals, solver)
+
+
+def _compiled(pairs: Sequence[tuple[Tensor, Tensor]], solver: Solver) -> list[Tensor] | None:
+    """Return the distances by the compiled function, if it takes all pairs and works here."""
+
+    def otherwise(shallow: Tensor, deep: Tensor) -> Tensor:
+        return _planned([(shallow, deep)], "cosine", "uniform", solver)[0]
+
+    found: list[Tensor] = []
+    for pair in pairs if all(fits(*pair) for pair in pairs) else ():
+        values = cosine_distance(*pair, otherwise)
+        if values is None:
+            return None
+        found.append(values)
+    return found or None
+
+
+def _planned(pairs: Sequence[tuple[Tensor, Tensor]], cost: Cost, marginals: Marginals, solver: Solver) -> list[Tensor]:
+    """Return the distances by a solver's plans, one call of it for all of one size."""
     with torch.autocast(pairs[0][0].device.type, enabled=False):
         sides = _comparable(pairs, cost, marginals)
-        costs = [_squared_cost(side.shallow.detach(), side.deep.detach()) for side in sides]
+        costs = [squared_cost(side.shallow.detach(), side.deep.detach()) for side in sides]
         plans = _solve_together(costs, sides, solver)
         values: list[Tensor] = [
-            _PlannedDistance.apply(side.shallow, side.deep, each, plan, side.a is None)
+            PlannedDistance.apply(side.shallow, side.deep, each, plan, side.a is None)
             for side, each, plan in zip(sides, costs, plans, strict=True)
         ]
         if cost == "sqeuclidean":
@@ -139,7 +165,7 @@ def transport_plan(
     """
     with torch.autocast(shallow.device.type, enabled=False):
         [side] = _comparable([(shallow, deep)], cost, marginals)
-        return solve(_squared_cost(side.shallow, side.deep), side.a, side.b, solver)
+        return solve(squared_cost(side.shallow, side.deep), side.a, side.b, solver)
 
 
 class _Sides(NamedTuple):
@@ -197,44 +223,6 @@ def relative_distance(values: Tensor, shallow: Tensor, deep: Tensor) -> Tensor:
     """Return the mean over problems of squared distances (B,) over the sum of the mean squares of the nodes, 0-d."""
     scale = torch.hypot(root_mean_square(shallow), root_mean_square(deep)).flatten()
     return (values.sqrt() / scale).square().mean()
-
-
-class _PlannedDistance(torch.autograd.Function):
-    """Squared distance under a plan, whose backward keeps the nodes and the plan, and no cost matrix."""
-
-    @staticmethod
-    def forward(ctx: Any, shallow: Tensor, deep: Tensor, cost: Tensor, plan: Tensor, uniform: bool) -> Tensor:
-        ctx.save_for_backward(shallow, deep, plan)
-        ctx.uniform = uniform
-        return (cost * plan).sum(dim=(1, 2))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the envelope gradient, dL/ds_p = (2/C) sum_q X_pq (s_p - d_q), and likewise for d."""
-        shallow, deep, plan = ctx.saved_tensors
-        scale = (2.0 / shallow.shape[2]) * gradient[:, None, None]
-
-        def side(own: Tensor, plan: Tensor, other: Tensor) -> Tensor:
-            if ctx.uniform:
-                return torch.baddbmm(own, plan, other, beta=1 / own.shape[1], alpha=-1).mul_(scale)
-            return (plan.sum(dim=2)[:, :, None] * own).sub_(plan @ other).mul_(scale)
-
-        with torch.autocast(shallow.device.type, enabled=False):
-            to_shallow = side(shallow, plan, deep)
-            to_deep = side(deep, plan.transpose(1, 2), shallow) if ctx.needs_input_grad[1] else None
-        return to_shallow, to_deep, None, None, None
-
-
-def _squared_cost(shallow: Tensor, deep: Tensor) -> Tensor:
-    """Mean over channels of the squared difference, (B, N, M), without a (B, N, M, C) tensor."""
-    # The distance does not change when both sets move; around their common mean the products cancel least.
-    centre = (shallow.mean(dim=1, keepdim=True) + deep.mean(dim=1, keepdim=True)) / 2
-    shallow, deep = shallow - centre, deep - centre
-    width = shallow.shape[2]
-    cost = torch.bmm(shallow, deep.transpose(1, 2)).mul_(-2.0 / width)
-    cost += shallow.square().sum(dim=2).div_(width)[:, :, None]
-    cost += deep.square().sum(dim=2).div_(width)[:, None, :]
-    return cost.clamp_min_(0.0)
 
 
 class EMDL2Loss(nn.Module):

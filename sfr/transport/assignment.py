@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import config, njit
+from numba import njit
 from numpy.typing import NDArray
 
-logger = logging.getLogger(__name__)
+from sfr.transport.numba_functions import OPTIONS, Floats, column_of_each, compiled, tried
 
-Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 
 INFINITY = np.float32(np.inf)
@@ -24,18 +21,6 @@ ALWAYS = np.int32(-(2**31))  # below them
 SMALL, LARGE = np.float32(2.0**-60), np.float32(2.0**60)
 SMALL_BITS, LARGE_BITS = SMALL.view(np.int32), LARGE.view(np.int32)
 INFINITE_BITS = INFINITY.view(np.int32)
-
-# Every inner loop runs over the columns of one row without a branch, so that it becomes vector instructions. LLVM does
-# that for minima of integers and not of floats, hence the minima over the bits of the distances: floats >= 0 have the
-# order of their bits. There is no view of an array and no assignment to a slice: either takes seconds to compile.
-OPTIONS: dict[str, Any] = {
-    "nogil": True,
-    "boundscheck": False,
-    "error_model": "numpy",
-    "fastmath": {"nnan", "nsz", "reassoc", "contract"},
-}
-INNER = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-compiled = njit(**INNER)
 
 
 @njit(**OPTIONS)
@@ -58,60 +43,53 @@ def assign(costs: Floats, plans: Floats, prices: Floats) -> None:
     """
     size = costs.shape[1]
     share = np.float32(1 / size)
-    distance, final, open_prices = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
-    rows, previous, owned = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.int32)
-    column, scaled = np.empty(size, np.int32), np.empty((size, size), np.float32)
+    column, room, counts = (
+        np.empty(size, np.int32),
+        np.empty((size + 3, size), np.float32),
+        np.empty((3, size), np.int32),
+    )
     for problem in range(len(costs)):
-        cost, price, plan = costs[problem], prices[problem], plans[problem]
-        unit = price_columns(cost, scaled, price, previous)
+        price, plan = prices[problem], plans[problem]
+        unit = match(costs[problem], price, column, room, counts)
         if unit == 0:
             fill(plan, share * share)
             continue
-        if unit != 1:
-            cost = scaled
-        match_greedily(cost, price, column, rows, previous, distance)
-        for j in range(size):
-            owned[j] = NEVER if rows[j] >= 0 else ALWAYS
-        for row in range(size):
-            if column[row] < 0:
-                augment(row, cost, price, column, rows, owned, distance, final, open_prices, previous)
         for row in range(size):
             plan[row, column[row]] = share
             price[row] *= unit
 
 
-def load(*, cached: bool) -> Callable[[Floats, Floats, Floats], None]:
-    """Return :func:`assign`, compiled and tried on a small problem; see :func:`tried`."""
-    return tried(assign, [[2, 1, 3], [1, 3, 2], [3, 2, 1]], [1, 0, 2], cached=cached)
-
-
-def tried(kernel: Any, cost: list[list[int]], columns: list[int], *, cached: bool) -> Callable[..., None]:
-    """Return a solver, compiled and tried on a small problem.
+@compiled
+def match(cost: Floats, prices: Floats, column: Ints, room: Floats, counts: Ints) -> Any:
+    """Write the column of each row of one problem into `column`, and return the unit of the prices.
 
     Args:
-        kernel: the solver, as decorated by numba.
-        cost: a problem, N lists of M costs.
-        columns: the column of each row in its only optimum.
-        cached: read the machine code from numba's cache on disk. If it is not there, which is so once per machine and
-            release, compile it, write it there, and log one line that says so.
-
-    Raises:
-        Exception: of any kind, if numba cannot compile, or cannot use its cache.
+        cost: shape (N, N).
+        prices: result, in the unit that is returned, shape (N,).
+        column: result, shape (N,); meaningless if the costs are not finite, for which the unit is 0.
+        room: to work in, shape (N + 3, N).
+        counts: to work in, shape (3, N).
     """
-    if getattr(config, "DISABLE_JIT", False):  # in Python it would be slower than scipy
-        raise RuntimeError("numba's compiler is switched off (NUMBA_DISABLE_JIT)")
-    start = time.perf_counter()
-    solver = njit(cache=True, **OPTIONS)(kernel.py_func) if cached else kernel
-    costs = np.array([cost], np.float32)
-    plans, prices = np.zeros_like(costs), np.empty((1, costs.shape[2]), np.float32)
-    solver(costs, plans, prices)
-    found = plans.argmax(axis=2).tolist()
-    if found != [columns]:
-        raise RuntimeError(f"it found {found} where {[columns]} is right")
-    if cached and not solver.stats.cache_hits:
-        seconds = time.perf_counter() - start
-        logger.warning("compiled the transport solver in %.1f s; numba's cache on this machine keeps it", seconds)
-    return solver
+    scaled, distance, final, open_prices = room[3:], room[0], room[1], room[2]
+    rows, previous, owned = counts[0], counts[1], counts[2]
+    unit = price_columns(cost, scaled, prices, previous)
+    if unit == 0:
+        return unit
+    if unit != 1:
+        cost = scaled
+    match_greedily(cost, prices, column, rows, previous, distance)
+    for j in range(len(rows)):
+        owned[j] = NEVER if rows[j] >= 0 else ALWAYS
+    for row in range(len(rows)):
+        if column[row] < 0:
+            augment(row, cost, prices, column, rows, owned, distance, final, open_prices, previous)
+    return unit
+
+
+def load(*, cached: bool) -> Callable[[Floats, Floats, Floats], None]:
+    """Return :func:`assign`, compiled and tried; see :func:`sfr.transport.numba_functions.tried`."""
+    trial = [[2, 1, 3], [1, 3, 2], [3, 2, 1]]
+    return tried(assign, lambda kernel: column_of_each(trial, kernel), [1, 0, 2], cached)
 
 
 @compiled

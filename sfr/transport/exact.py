@@ -88,14 +88,19 @@ def _load_assignment() -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
             from sfr.transport.assignment import load
         else:
             from sfr.transport.semi_assignment import load
-        try:
-            return load(cached=True)
-        except Exception as error:
-            kernel = load(cached=False)  # if this fails, too, it was not the cache
-            warnings.warn(f"{NO_CACHE}. The reason: {error!r}", stacklevel=4)
-            return kernel
+        return loaded(load)
 
     return lambda costs: _assigned(part(costs.shape[1] == costs.shape[2]), costs)
+
+
+def loaded(load: Callable[..., Callable[..., None]]) -> Callable[..., None]:
+    """Return a compiled function by numba's cache or, with a warning, without it; `load` takes ``cached``."""
+    try:
+        return load(cached=True)
+    except Exception as error:
+        kernel = load(cached=False)  # if this fails, too, it was not the cache
+        warnings.warn(f"{NO_CACHE}. The reason: {error!r}", stacklevel=5)
+        return kernel
 
 
 compiled_assignment = OptionalSolver(
@@ -109,7 +114,7 @@ def _assigned(assign: Callable[..., None], costs: NDArray[np.float32]) -> NDArra
     """Return the plans, (B, N, N), of the compiled solver."""
     plans, prices = np.zeros(costs.shape, np.float32), np.empty(costs.shape[::2], np.float32)
     threads = torch.get_num_threads() if costs.size >= COMPILED_THREADED_FROM else 1
-    _in_threads(lambda part: assign(costs[part], plans[part], prices[part]), len(costs), threads)
+    in_threads(lambda part: assign(costs[part], plans[part], prices[part]), len(costs), threads)
     return plans
 
 
@@ -126,7 +131,7 @@ def _scipy_assignment(cost: Tensor) -> NDArray[np.int32]:
         for problem, columns in zip(costs[part], matches[part], strict=True):
             columns[:] = linear_sum_assignment(problem)[1]
 
-    _in_threads(solve, len(costs), _loop_threads(costs))
+    in_threads(solve, len(costs), _loop_threads(costs))
     return matches
 
 
@@ -149,7 +154,7 @@ def _simplex(cost: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
             if not solved:
                 unsolved.append(i)
 
-    _in_threads(solve, len(costs), _loop_threads(costs))
+    in_threads(solve, len(costs), _loop_threads(costs))
     if unsolved:
         warnings.warn(
             f"the network simplex did not solve {len(unsolved)} of {len(costs)} problems of shape {costs.shape[1:]} in "
@@ -199,7 +204,7 @@ def _loop_threads(costs: Floats) -> int:
     return torch.get_num_threads() if costs[:1].size >= LOOP_THREADED_FROM else 1
 
 
-def _in_threads(solve: Callable[[slice], None], count: int, threads: int) -> None:
+def in_threads(solve: Callable[[slice], None], count: int, threads: int) -> None:
     """Call `solve` with slices that cover the `count` problems of a batch, one slice per thread."""
     if threads == 1:
         return solve(slice(0, count))

@@ -12,17 +12,14 @@ from sfr.transport.assignment import (
     ALWAYS,
     INFINITY,
     NEVER,
-    OPTIONS,
     ZERO,
-    Floats,
     Ints,
     bits,
-    compiled,
     fill,
     position,
     price_columns,
-    tried,
 )
+from sfr.transport.numba_functions import OPTIONS, Floats, column_of_each, compiled, tried
 
 
 @njit(**OPTIONS)
@@ -73,8 +70,9 @@ def assign_groups(costs: Floats, plans: Floats, prices: Floats) -> None:
 
 
 def load(*, cached: bool) -> Callable[[Floats, Floats, Floats], None]:
-    """Return :func:`assign_groups`, compiled and tried on a small problem; see :func:`.assignment.tried`."""
-    return tried(assign_groups, [[1, 2], [1, 4], [1, 5], [3, 1]], [1, 0, 0, 1], cached=cached)
+    """Return :func:`assign_groups`, compiled and tried; see :func:`sfr.transport.numba_functions.tried`."""
+    trial = [[1, 2], [1, 4], [1, 5], [3, 1]]
+    return tried(assign_groups, lambda kernel: column_of_each(trial, kernel), [1, 0, 0, 1], cached)
 
 
 @compiled

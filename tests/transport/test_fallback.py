@@ -63,20 +63,20 @@ def untried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def forgotten(name: str) -> Iterator[None]:
-    """A module counts as not imported, inside and until its next import."""
-    module = sys.modules.pop(name, None)
+def forgotten(*names: str) -> Iterator[None]:
+    """Modules count as not imported, inside and until their next import."""
+    modules = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     try:
         yield
     finally:
-        sys.modules.pop(name, None)
-        if module is not None:
-            sys.modules[name] = module
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(modules)
 
 
 @pytest.fixture
 def not_imported(untried: None) -> Iterator[None]:
-    with forgotten("sfr.transport.assignment"):
+    with forgotten("sfr.transport.assignment", "sfr.transport.numba_functions"):
         yield
 
 
@@ -128,7 +128,7 @@ def computes_nonsense(**options: Any) -> Any:
     [
         (fake_numba(does_not_decorate), "could not load libllvmlite.so"),
         (fake_numba(does_not_compile), "no implementation of function"),
-        (fake_numba(computes_nonsense), r"it found \[\[0, 0, 0\]\]"),
+        (fake_numba(computes_nonsense), r"it found \[0, 0, 0\]"),
         (ModuleType("numba"), "cannot import name"),
         (broken, "No module named 'llvmlite'"),
     ],
@@ -241,7 +241,8 @@ def first_load(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str
     """A folder with what numba keeps of the compiled solver, and what was logged when it was compiled."""
     import numba
 
-    from sfr.transport.assignment import load, logger
+    from sfr.transport.assignment import load
+    from sfr.transport.numba_functions import logger
 
     folder, log = tmp_path_factory.mktemp("cache"), Lines()
     with pytest.MonkeyPatch.context() as patch:
