@@ -8,6 +8,8 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 
 def check_choice(argument: str, value: object, choices: Any) -> None:
     """Raise a ``ValueError`` naming `argument` unless `value` is one of the options of the ``Literal`` `choices`."""
@@ -28,7 +30,9 @@ def check_number(argument: str, value: object, low: float, high: float = float("
 
 
 def plain_number(value: Any) -> Any:
-    """Return a number of NumPy's as one of Python's, which JSON can hold; anything else as it is."""
+    """Return a number or truth value of NumPy's as one of Python's, which JSON can hold; anything else as it is."""
+    if isinstance(value, np.bool_):
+        return bool(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)

@@ -578,12 +578,30 @@ def test_numbers_of_samples_by_position_are_an_error_that_says_how(build, batch,
         ({"layout": "tokens"}, r"set it where the model is wrapped: SFRWrapper\(model, layout='tokens'\)"),
         ({"label_los": None}, "no argument 'label_los'; near names: 'label_loss'"),
         ({"feature_wieght": 0.1}, "near names: 'feature_weight'"),
+        ({"wieght": 0.1}, "near names: 'feature_weight'"),
         ({"qqqq": 1}, "it takes feature_weight, gate, pairs, .*, ignore_index, label_loss, num_classes"),
     ],
 )
 def test_an_argument_it_does_not_take_is_an_error_that_says_what_to_use(build, arguments, message):
     with pytest.raises(TypeError, match=message):
         sfr.SFRLoss(build()[0], **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("switches", [{}, {"gate": "none"}, {"smoothing": "class_mean"}, {"smoothing": "uniform"}])
+def test_class_indices_of_any_integer_type_give_the_same_loss(build, batch, dtype, switches):
+    losses = []
+    for target in (batch[1], batch[1].to(dtype)):
+        torch.manual_seed(0)
+        model, criterion = build(**switches)
+        losses.append(criterion(model(batch[0]), target))
+    assert torch.equal(*losses)
+
+
+def test_output_and_target_in_the_wrong_order_are_said_to_be(build, batch):
+    model, criterion = build()
+    with pytest.raises(ValueError, match=r"logits must be floating.*The order is criterion\(output, target\)"):
+        criterion(batch[1], model(batch[0]))
 
 
 def test_a_class_as_the_loss_of_ones_own_is_an_error_that_asks_for_an_instance(build):

@@ -48,7 +48,9 @@ from sfr.preflight.cost import compare_steps, wait_for
 
 # Of torch.compile, where many arms share a process: code compiled for one network does not fit those of other hooks,
 # and must never be given up silently for there being too much of it.
-COMPILER = {"skip_nnmodule_hook_guards": False, "recompile_limit": 64, "fail_on_recompile_limit_hit": True}
+LIMIT = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # before 2.7
+FAIL = f"fail_on_{LIMIT.replace('size_', '')}_hit"
+COMPILER = {"skip_nnmodule_hook_guards": False, LIMIT: 64, FAIL: True}
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 from .atomic_file import sync_file, sync_folder
@@ -19,6 +20,14 @@ def checkpoints(run: Path) -> list[Path]:
 
 def epoch_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, or what is in its place."""
+    if checkpoint.is_dir():
+        shutil.rmtree(checkpoint)
+    else:
+        checkpoint.unlink(missing_ok=True)
 
 
 def seal(checkpoint: Path) -> None:

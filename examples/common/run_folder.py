@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from .atomic_file import replace_file, replace_text, sync_folder
-from .checkpoint_files import checkpoints, damage, epoch_of, seal
+from .checkpoint_files import checkpoints, damage, epoch_of, remove, seal
 from .folder_lock import FolderLock
 
 Record = dict[str, Any]
@@ -78,12 +78,11 @@ class RunFolder:
             )
 
     def _put_in_place(self, partial: Path, checkpoint: Path) -> None:
-        if checkpoint.exists():  # a damaged one that was skipped
-            shutil.rmtree(checkpoint)
+        remove(checkpoint)  # a damaged one that was skipped
         partial.rename(checkpoint)
         sync_folder(self.path)
         for old in checkpoints(self.path)[:-KEPT]:
-            shutil.rmtree(old)
+            remove(old)
 
     def restore(self, accelerator: Accelerator, criterion: nn.Module) -> None:
         """Load the checkpoint into all that `accelerator` has prepared, and into the criterion."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, DataLoaderConfiguration
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, StackDataset, TensorDataset
 from tqdm.auto import tqdm
 
+from .checkpoint_files import checksum
 from .data import ImageSet, Labelled, Splits
 from .run_folder import Record, RunFolder, claimed
 
@@ -27,6 +29,8 @@ ELSEWHERE = (
     "resume",
     "tracker",
 )  # what may differ between the parts of a resumed run
+
+OF_WEIGHTS = ("init", "teacher_weights")  # files that count by what they hold, wherever they lie
 
 
 class Run:
@@ -207,8 +211,12 @@ def build_accelerator(args: argparse.Namespace, *handlers: KwargsHandler) -> Acc
 
 def run_config(args: argparse.Namespace, accelerator: Accelerator) -> Record:
     """The command line and the launch, as far as they decide the result of a run: see `--resume`."""
+    given = {name: value for name, value in vars(args).items() if name not in ELSEWHERE}
+    files = {name: Path(given[name]) for name in OF_WEIGHTS if given.get(name)}
+    contents = {name: f"sha256:{checksum(file)}" for name, file in files.items() if file.is_file()}
     return {
-        **{name: value for name, value in vars(args).items() if name not in ELSEWHERE},
+        **given,
+        **contents,
         "processes": accelerator.num_processes,
         "device": accelerator.device.type,
         "precision": accelerator.mixed_precision,

@@ -17,6 +17,8 @@ from sfr.labels.targets import rows_of
 ALL_ROWS_UP_TO = 2048
 ALL_ROWS_ON_CPU_UP_TO = 128
 
+SUMS_WITHIN = 0.05  # of 1: what half precision leaves of the sums of a thousand classes
+
 STATISTICS = ("distributions", "sums", "counts")
 
 
@@ -138,8 +140,16 @@ class ClassMeans:
         return statistics
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take over statistics as :meth:`state` returns them."""
+        """Take over statistics as :meth:`state` returns them.
+
+        Raises:
+            ValueError: if they are damaged.
+        """
         self.forget()
+        for name, value in state.items():
+            sums = name == "distributions" and len(value) and (value.float().sum(dim=1) - 1).abs().amax() > SUMS_WITHIN
+            if value.numel() and (not value.isfinite().all() or value.amin() < 0 or sums):
+                raise ValueError(f"the label statistics are damaged: {name!r} holds what no training leaves there")
         self._set({name: state[name] for name in STATISTICS if len(state.get(name, ()))})
 
 

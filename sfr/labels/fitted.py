@@ -26,7 +26,7 @@ def fitted(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if target.ndim == 1:  # in few operations, which on a GPU are what it costs
         return (
-            F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")
+            F.cross_entropy(logits, target.long(), ignore_index=ignore_index, reduction="none")
             .mul(-2)
             .exp()
             .nan_to_num(nan=0.0)

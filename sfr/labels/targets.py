@@ -15,6 +15,8 @@ OTHER_LOSSES = (
     "label_loss=nn.BCEWithLogitsLoss()"
 )
 ONE_HOT = "If it is one-hot, pass target.argmax(dim=1), or target.float() as soft targets"
+INDICES = "If these are class indices, pass target.long()"
+ORDER = "The order is criterion(output, target)"
 CLASSES_LAST = "Axis 1 of the logits is the classes; if yours are last, pass logits.movedim(-1, 1)"
 
 
@@ -49,13 +51,14 @@ def smooth_labels(target: Tensor, distributions: Tensor, alpha: float) -> Tensor
         raise ValueError(
             f"distributions must have shape (K, K), a row for each class; got {tuple(distributions.shape)}"
         )
+    _check_distributions(distributions, wait=False, of="distributions: the rows")
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor; got {type(target).__name__}")
     classes = len(distributions)
     if target.is_floating_point():
         if target.ndim != 2 or target.shape[1] != classes:
             raise ValueError(f"target: soft targets must have shape (N, {classes}); got {tuple(target.shape)}")
-        _check_sums(target, wait=False)
+        _check_distributions(target, wait=False)
     else:
         if target.ndim != 1 or target.dtype == torch.bool:
             raise ValueError(f"target: class indices must have shape (N,); got {target.dtype} {tuple(target.shape)}")
@@ -84,27 +87,22 @@ def checked_target(logits: Tensor, target: Tensor, ignore_index: int = IGNORE_IN
 
     Values are looked at on the CPU, and the sums of soft targets elsewhere, too, if the host may `wait` for them.
     """
-    for name, value in (("logits", logits), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
-    if logits.ndim < 2 or not logits.is_floating_point():
-        raise ValueError(
-            "logits must be floating, of shape (B, K) or (B, K, ...) with the classes on axis 1; "
-            f"got {logits.dtype} {tuple(logits.shape)}. {OTHER_LOSSES}"
-        )
+    check_logits(logits)
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor; got {type(target).__name__}")
     if logits.shape[1] == 1:
         raise ValueError(
             f"logits of shape {tuple(logits.shape)} have one class, whose cross-entropy is always 0. {OTHER_LOSSES}"
         )
+    expected = (logits.shape[0], *logits.shape[2:])
     if target.is_floating_point():
         if target.shape != logits.shape:
             raise ValueError(
                 f"target: soft targets must have the shape of the logits, {tuple(logits.shape)}; "
-                f"got {tuple(target.shape)}"
+                f"got {tuple(target.shape)}{f'. {INDICES}' if target.shape == expected else ''}"
             )
-        _check_sums(target, wait)
+        _check_distributions(target, wait)
         return target
-    expected = (logits.shape[0], *logits.shape[2:])
     if target.shape != expected:
         one_hot = target.shape == logits.shape
         raise ValueError(
@@ -116,7 +114,18 @@ def checked_target(logits: Tensor, target: Tensor, ignore_index: int = IGNORE_IN
     return target
 
 
-def _check_sums(target: Tensor, wait: bool) -> None:
+def check_logits(logits: object) -> None:
+    """Raise unless these can be logits."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a tensor; got {type(logits).__name__}")
+    if logits.ndim < 2 or not logits.is_floating_point():
+        raise ValueError(
+            "logits must be floating, of shape (B, K) or (B, K, ...) with the classes on axis 1; "
+            f"got {logits.dtype} {tuple(logits.shape)}. {OTHER_LOSSES if logits.is_floating_point() else ORDER}"
+        )
+
+
+def _check_distributions(target: Tensor, wait: bool, of: str = "target: the rows of soft targets") -> None:
     """Raise unless soft targets, with the classes on axis 1, are distributions."""
     if target.device.type != "cpu" and not wait:
         return
@@ -124,10 +133,12 @@ def _check_sums(target: Tensor, wait: bool) -> None:
     wrong = sums[~((sums - 1).abs() <= SUM_TOLERANCE)]
     if len(wrong):
         raise ValueError(
-            "target: the rows of soft targets must sum to 1 over the classes, on axis 1; got a sum of "
+            f"{of} must sum to 1 over the classes, on axis 1; got a sum of "
             f"{wrong[0].item():g}. For several labels an image pass another loss, as in "
             "SFRLoss(model, label_loss=nn.BCEWithLogitsLoss())"
         )
+    if target.numel() and target.detach().amin() < -SUM_TOLERANCE:
+        raise ValueError(f"{of} must not be negative; got {target.detach().amin().item():g}")
 
 
 def _check_range(target: Tensor, classes: int, ignore_index: int | None) -> None:

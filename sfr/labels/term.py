@@ -12,7 +12,7 @@ from sfr.config import SFRConfig
 from sfr.labels.cross_entropy import cross_entropy
 from sfr.labels.fitted import fitted
 from sfr.labels.smoothing import DynamicLabelSmoothing
-from sfr.labels.targets import checked_target
+from sfr.labels.targets import check_logits, checked_target
 from sfr.model.outputs import part_with_graph, the_logits
 
 
@@ -37,7 +37,11 @@ class LabelTerm:
 
     def logits_in(self, output: Any) -> Tensor:
         """Return the logits in the output of the model; for a loss of the user's own, any part of it with a graph."""
-        return the_logits(output) if self.label_loss is None else part_with_graph(output)
+        if self.label_loss is not None:
+            return part_with_graph(output)
+        logits = the_logits(output)
+        check_logits(logits)
+        return logits
 
     def of_step(self, output: Any, target: Any, index: Tensor | None, *, again: bool) -> Tensor:
         """Return the label term of a training step, 0-d; `again` if it is one more call of the same step."""

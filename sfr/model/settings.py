@@ -35,5 +35,9 @@ class StageSettings:
         if self.stages is not None and not isinstance(self.stages, str):
             stages = items("stages", self.stages)
             if not all(isinstance(name, str) for name in stages):
-                raise TypeError(f"stages must be names, a regular expression or None; got {self.stages!r}")
+                kinds = ", ".join(type(name).__name__ for name in stages)
+                raise TypeError(
+                    "stages must be names as those of model.named_modules(), a regular expression or None; got a "
+                    f"sequence of {kinds}"
+                )
             object.__setattr__(self, "stages", stages)

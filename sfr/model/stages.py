@@ -63,5 +63,6 @@ def find_stages(model: nn.Module, stages: str | Sequence[str]) -> dict[str, nn.M
                 "before it is scripted"
             )
     if len(found) < 2:
-        raise ValueError(f"stages={stages!r} gives {len(found)} stage(s), two are needed. {HOW_TO_NAME}")
+        full = " A regular expression has to match full names." if isinstance(stages, str) else ""
+        raise ValueError(f"stages={stages!r} gives {len(found)} stage(s), two are needed.{full} {HOW_TO_NAME}")
     return found

@@ -93,6 +93,19 @@ def test_with_views_the_teacher_looks_once_and_a_killed_run_resumes_to_the_same_
     assert_same_weights(weights(resumed / "pretrain"), weights(whole / "pretrain"))
 
 
+def test_a_run_resumes_from_wherever_its_folder_has_been_moved_to(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished[0], tmp_path / "moved")
+    for written in ("pretrain", "finetune"):
+        config = json.loads((tmp_path / "moved" / written / "config.json").read_text())
+        assert str(finished[0]) not in json.dumps(config)
+    monkeypatch.chdir(tmp_path)
+    assert_same_weights(run("moved", "--resume").state_dict(), finished[1].state_dict())
+    other = build_model("resnet8", 10)
+    torch.save(other.state_dict(), tmp_path / "other.pt")
+    with pytest.raises(SystemExit, match=r"another configuration.*teacher_weights"):
+        run("moved", "--resume", "--teacher-weights", str(tmp_path / "other.pt"))
+
+
 @pytest.mark.parametrize(("fatal_step", "epochs_done"), [(1, 0), (3, 1)])
 def test_stage_that_was_interrupted_resumes_to_the_same_weights(
     finished, tmp_path, monkeypatch, fatal_step, epochs_done

@@ -137,6 +137,14 @@ def test_without_a_sound_checkpoint_the_error_is_short_and_names_every_damaged_f
     assert damage(folder / "checkpoint-0003") is not None  # nothing has been deleted or written
 
 
+def test_a_file_in_the_place_of_a_checkpoint_is_replaced(run):
+    folder, undisturbed = run
+    shutil.rmtree(folder / "checkpoint-0003")
+    (folder / "checkpoint-0003").write_text("no folder")
+    assert all(map(torch.equal, small_run(folder, epochs=3), undisturbed))
+    assert damage(folder / "checkpoint-0003") is None
+
+
 def test_what_a_kill_has_left_of_an_older_checkpoint_is_in_nobodys_way(run):
     folder, undisturbed = run
     (folder / "checkpoint-0001").mkdir()

@@ -573,6 +573,39 @@ def test_class_indices_of_any_integer_type_are_taken(dtype: torch.dtype) -> None
     assert torch.equal(loss, DynamicLabelSmoothing()(logits, target))
 
 
+@pytest.mark.parametrize("damage", ["nan", "negative", "no distributions"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_damaged_statistics_are_refused(damage: str, dtype: torch.dtype) -> None:
+    criterion = DynamicLabelSmoothing()
+    criterion(*batch(60, seed=1))
+    state = {name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+             for name, value in criterion.state_dict().items()}  # fmt: skip
+    DynamicLabelSmoothing().load_state_dict(state)
+    table = state["distributions"] = state["distributions"].clone()
+    table[1] = {"nan": torch.nan, "negative": -0.25, "no distributions": 3.0}[damage]
+    with pytest.raises(ValueError, match="the label statistics are damaged: 'distributions'"):
+        DynamicLabelSmoothing().load_state_dict(state)
+
+
+@pytest.mark.parametrize("target", [[[1.5, -0.5]], [[1.1, -0.1]]])
+def test_soft_targets_that_are_negative_are_refused(target: list[list[float]]) -> None:
+    with pytest.raises(ValueError, match="target: the rows of soft targets must not be negative; got -0"):
+        DynamicLabelSmoothing("none")(torch.zeros(1, 2), torch.tensor(target))
+    with pytest.raises(ValueError, match="soft targets must not be negative"):
+        smooth_labels(torch.tensor(target), torch.full((2, 2), 0.5), 0.1)
+
+
+@pytest.mark.parametrize("rows", [[[5.0, 5.0], [0.5, 0.5]], [[1.5, -0.5], [0.5, 0.5]], [[torch.nan, 1], [0.5, 0.5]]])
+def test_rows_that_are_no_distributions_are_refused(rows: list[list[float]]) -> None:
+    with pytest.raises(ValueError, match="distributions: the rows must"):
+        smooth_labels(torch.tensor([0]), torch.tensor(rows), 0.1)
+
+
+def test_class_indices_as_floats_are_told_apart_from_soft_targets() -> None:
+    with pytest.raises(ValueError, match=r"If these are class indices, pass target.long\(\)"):
+        DynamicLabelSmoothing("none")(torch.zeros(3, 4), torch.tensor([0.0, 1.0, 2.0]))
+
+
 @pytest.mark.parametrize("mode", ["class_mean", "uniform", "none"])
 def test_refused_target_does_not_count_as_a_step(mode: Any) -> None:
     criterion = DynamicLabelSmoothing(mode)
