@@ -32,11 +32,9 @@ def cosine_distances(shallow: Floats, deep: Floats, values: Floats, gradients: F
     own, other = np.empty((size, width), np.float32), np.empty((size, width), np.float32)
     own_scale, other_scale = np.empty((2, size), np.float32), np.empty((2, size), np.float32)
     cost, prices = np.empty((size, size), np.float32), np.empty(size, np.float32)
-    column, room, counts = (
-        np.empty(size, np.int32),
-        np.empty((size + 3, size), np.float32),
-        np.empty((3, size), np.int32),
-    )
+    column, scaled = np.empty(size, np.int32), np.empty((size, size), np.float32)
+    distance, final, open_prices = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
+    rows, previous, owned = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.int32)
     share = np.float32(1 / size)
     for problem in range(len(shallow)):
         sound = directions(shallow[problem], own, own_scale) and directions(deep[problem], other, other_scale)
@@ -47,7 +45,7 @@ def cosine_distances(shallow: Floats, deep: Floats, values: Floats, gradients: F
                     gradients[problem, p, c] = np.float32(np.nan)
             continue
         half_squares(own, other, cost)
-        match(cost, prices, column, room, counts)
+        match(cost, prices, column, scaled, distance, final, open_prices, rows, previous, owned)
         total = ZERO
         for p in range(size):
             total += cost[p, column[p]]
@@ -72,10 +70,7 @@ def directions(nodes: Floats, result: Floats, scale: Floats) -> Any:
             largest = max(largest, bits(nodes[p, c]) & NEVER)
     if largest >= INFINITE_BITS:
         return False
-    peak = ZERO
-    for p in range(size):
-        for c in range(width):
-            peak = max(peak, abs(nodes[p, c]))
+    peak = np.int32(largest).view(np.float32)
     empty = peak < TINY
     if empty:
         peak = ONE

@@ -43,14 +43,12 @@ def assign(costs: Floats, plans: Floats, prices: Floats) -> None:
     """
     size = costs.shape[1]
     share = np.float32(1 / size)
-    column, room, counts = (
-        np.empty(size, np.int32),
-        np.empty((size + 3, size), np.float32),
-        np.empty((3, size), np.int32),
-    )
+    distance, final, open_prices = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
+    rows, previous, owned = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.int32)
+    column, scaled = np.empty(size, np.int32), np.empty((size, size), np.float32)
     for problem in range(len(costs)):
-        price, plan = prices[problem], plans[problem]
-        unit = match(costs[problem], price, column, room, counts)
+        cost, price, plan = costs[problem], prices[problem], plans[problem]
+        unit = match(cost, price, column, scaled, distance, final, open_prices, rows, previous, owned)
         if unit == 0:
             fill(plan, share * share)
             continue
@@ -60,18 +58,23 @@ def assign(costs: Floats, plans: Floats, prices: Floats) -> None:
 
 
 @compiled
-def match(cost: Floats, prices: Floats, column: Ints, room: Floats, counts: Ints) -> Any:
-    """Write the column of each row of one problem into `column`, and return the unit of the prices.
+def match(
+    cost: Floats,
+    prices: Floats,
+    column: Ints,
+    scaled: Floats,
+    distance: Floats,
+    final: Floats,
+    open_prices: Floats,
+    rows: Ints,
+    previous: Ints,
+    owned: Ints,
+) -> Any:
+    """Write the column of each row of one problem (N, N) into `column`, and return the unit of the `prices`, both (N,).
 
-    Args:
-        cost: shape (N, N).
-        prices: result, in the unit that is returned, shape (N,).
-        column: result, shape (N,); meaningless if the costs are not finite, for which the unit is 0.
-        room: to work in, shape (N + 3, N).
-        counts: to work in, shape (3, N).
+    The unit is 0 if the costs are not finite; `column` is then meaningless. `scaled` (N, N) and the others (N,) are
+    room to work in.
     """
-    scaled, distance, final, open_prices = room[3:], room[0], room[1], room[2]
-    rows, previous, owned = counts[0], counts[1], counts[2]
     unit = price_columns(cost, scaled, prices, previous)
     if unit == 0:
         return unit
