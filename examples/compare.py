@@ -1,4 +1,4 @@
-"""A small network on few labels, some of them wrong: plain, with the two lines, and with smoothing="class_mean".
+"""A small network on few labels, some of them wrong: plain, with the two lines, and with two label terms besides.
 
     python examples/compare.py                            # about a minute on two CPU cores; draws runs/compare.png
     python examples/compare.py --labels 10 --epochs 100   # so few that nothing is gained
@@ -18,8 +18,14 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import sfr
+from common.options import key_value
 
-METHODS: dict[str, dict[str, Any] | None] = {"plain": None, "two lines": {}, "class means": {"smoothing": "class_mean"}}
+METHODS: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "two lines": {},
+    "class means": {"smoothing": "class_mean"},
+    "past predictions": {"smoothing": "past", "alpha": 0.8},
+}
 COLUMNS = ("accuracy, %", "calibration error, %", "test loss")
 
 
@@ -31,7 +37,12 @@ def main() -> None:
     add("--epochs", type=int, default=40)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--picture", type=Path, default=Path("runs/compare.png"))
+    add(
+        "--sfr", nargs="+", type=key_value, default=[], metavar="KEY=VALUE", help="one more method: switches of SFRLoss"
+    )
     args = parser.parse_args()
+    if args.sfr:
+        METHODS["as given"] = dict(args.sfr)
 
     torch.set_num_threads(1)  # so small a network gains nothing by more, which wait for each other on a busy machine
     pixels, labels = map(torch.tensor, load_digits(return_X_y=True))
@@ -71,13 +82,15 @@ def trained(images: Tensor, labels: Tensor, epochs: int, seed: int, settings: di
     model: Any = network()
     criterion: nn.Module = nn.CrossEntropyLoss()
     if settings is not None:
+        past = {"num_samples": len(labels)} if settings.get("smoothing") == "past" else {}
         model = sfr.SFRWrapper(model)  # the two lines
-        criterion = sfr.SFRLoss(model, settings)
+        criterion = sfr.SFRLoss(model, settings | past)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for _ in range(epochs):
         for batch in torch.randperm(len(labels), generator=order).split(25):
-            loss = criterion(model(images[batch]), labels[batch])
+            which = {} if settings is None else {"index": batch}  # only past predictions look at it
+            loss = criterion(model(images[batch]), labels[batch], **which)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -117,11 +130,14 @@ def table(results: Tensor) -> str:
 
 def draw(results: Tensor, seeds: list[int], file: Path) -> None:
     """Draw a panel for each column, with a line over the methods for each seed."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(14, 4), layout="constrained")
     for column, axes in enumerate(figure.subplots(1, 3)):
         for seed, of_seed in zip(seeds, results[:, :, column], strict=True):
             axes.plot(list(METHODS), of_seed, marker="o", label=f"seed {seed}")
-        axes.set(title=f"{COLUMNS[column]}\n({'higher' if column == 0 else 'lower'} is better)", xlim=(-0.3, 2.3))
+        axes.set(
+            title=f"{COLUMNS[column]}\n({'higher' if column == 0 else 'lower'} is better)",
+            xlim=(-0.3, len(METHODS) - 0.7),
+        )
         axes.grid(alpha=0.3)
     axes.legend()
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -30,10 +30,12 @@ Reduction: TypeAlias = Literal["mean", "none"]
 
 IGNORE_INDEX = -100  # that of F.cross_entropy
 DEFAULT_ALPHA: dict[str, float] = {"class_mean": 0.5, "past": 0.5, "uniform": 0.1, "none": 0.0}
+DEFAULT_MOMENTUM: dict[str, float] = {"class_mean": 0.01, "past": 1.0}
 # Fields of the label term, and the kinds of smoothing that they have an effect on.
 EFFECTIVE: dict[tuple[str, ...], tuple[Smoothing, ...]] = {
     ("alpha",): ("class_mean", "past", "uniform"),
-    ("momentum", "update"): ("class_mean",),
+    ("momentum",): ("class_mean", "past"),
+    ("update",): ("class_mean",),
 }
 
 
@@ -72,6 +74,12 @@ def check_alpha(alpha: float | Ramp | None) -> None:
         check_number("alpha", alpha, 0, 1)
 
 
+def check_momentum(momentum: float | None) -> None:
+    """Raise if the momentum leaves (0, 1]."""
+    if momentum is not None:
+        check_number("momentum", momentum, 1e-6, 1)
+
+
 class Switches(TypedDict, total=False):
     """The fields of :class:`SFRConfig` as keyword arguments, for editors and type checkers."""
 
@@ -88,7 +96,7 @@ class Switches(TypedDict, total=False):
     smoothing: Smoothing
     num_samples: int | None
     alpha: float | Ramp | None
-    momentum: float
+    momentum: float | None
     update: Update
     ignore_index: int
 
@@ -132,7 +140,9 @@ class SFRConfig:
         alpha: weight of the smoothing distribution in the target, in [0, 1], or a :class:`Ramp`. None means 0.5 for
             "class_mean" (Zhang et al., arXiv 2011.12562) and "past", 0.1 for "uniform"; with "class_mean" soft targets
             (MixUp, CutMix) are smoothed only if `alpha` is given.
-        momentum: weight of one sample in the running class means, in (0, 1]. 0.01 averages over about 100 samples.
+        momentum: weight of the newest in a running mean, in (0, 1]: of one sample in the class means, where None means
+            0.01, about the last 100 samples; of the newest prediction for a sample with "past", where None means 1,
+            the last alone, and less is temporal ensembling (Laine & Aila, arXiv 1610.02242).
         update: "running" (class means move at every step) or "epoch" (Zhang et al.; call ``criterion.end_epoch()``).
         ignore_index: class index that marks a label to be left out of the label term; -100, as ``F.cross_entropy``.
 
@@ -158,7 +168,7 @@ class SFRConfig:
     smoothing: Smoothing = "none"
     num_samples: int | None = None
     alpha: float | Ramp | None = None
-    momentum: float = 0.01
+    momentum: float | None = None
     update: Update = "running"
     ignore_index: int = IGNORE_INDEX
 
@@ -182,7 +192,7 @@ class SFRConfig:
         if not isinstance(self.feature_weight, Ramp):
             check_number("feature_weight", self.feature_weight, 0)
         check_number("max_grid", self.max_grid, 1, whole=True)
-        check_number("momentum", self.momentum, 1e-6, 1)
+        check_momentum(self.momentum)
         check_number("ignore_index", self.ignore_index, -(2**63), 2**63 - 1, whole=True)
         check_num_samples("smoothing", self.smoothing, self.num_samples)
         check_alpha(self.alpha)

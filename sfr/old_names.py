@@ -34,6 +34,8 @@ def current_names(values: Mapping[str, Any], weight: float | Ramp, alphas: Mappi
         if values.get(name, default) != default:
             raise ValueError(f"{name} says how the model is read: SFRWrapper(model, {name}={values[name]!r})")
     switches = {name: value for name, value in values.items() if name not in (*OF_THE_WRAPPER, *OLD_NAMES)}
+    if switches.get("momentum") == 0.01 and switches.get("smoothing", "none") in ("uniform", "none"):
+        del switches["momentum"]  # the default of before 0.2, where it has no effect
     if "weight" in values:
         switches["feature_weight"] = values["weight"]
     if any(name in values for name in OLD_NAMES):

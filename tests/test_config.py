@@ -156,9 +156,10 @@ def test_no_prefix_token_is_a_number_of_them() -> None:
     [
         ({"smoothing": "none", "alpha": 0.9}, "alpha (of smoothing='class_mean' or 'past' or 'uniform')"),
         ({"smoothing": "none", "alpha": Ramp(0, 0.9, steps=5)}, "alpha (of smoothing="),
-        ({"smoothing": "uniform", "momentum": 0.5}, "momentum (of smoothing='class_mean')"),
+        ({"smoothing": "uniform", "momentum": 0.5}, "momentum (of smoothing='class_mean' or 'past')"),
         ({"smoothing": "past", "num_samples": 9, "update": "epoch"}, "update (of smoothing='class_mean')"),
-        ({"smoothing": "none", "alpha": 0.9, "momentum": 0.5, "update": "epoch"}, "'uniform'); momentum, update (of"),
+        ({"smoothing": "none", "alpha": 0.9, "momentum": 0.5, "update": "epoch"}, "'uniform'); momentum (of"),
+        ({"smoothing": "none", "momentum": 0.5, "update": "epoch"}, "'past'); update (of smoothing='class_mean')"),
     ],
 )
 def test_fields_of_the_label_term_without_effect_are_refused_with_what_they_belong_to(
@@ -198,7 +199,7 @@ def test_fields_without_effect_may_be_at_their_defaults(smoothing: Any) -> None:
         ("alpha", "half", TypeError),
         ("momentum", 0, ValueError),
         ("momentum", 1.01, ValueError),
-        ("momentum", None, TypeError),
+        ("momentum", "half", TypeError),
         ("ignore_index", 0.5, TypeError),
         ("detach_deep", 1, TypeError),
         ("detach_deep", None, TypeError),
@@ -325,6 +326,12 @@ def test_a_config_a_mapping_and_keyword_arguments_are_the_same_switches(make_net
         assert sfr.SFRLoss(model, config).config == SFRConfig(**FULL)
     assert sfr.SFRLoss(model, **FULL).config == SFRConfig(**FULL)
     assert sfr.SFRLoss(model).config == SFRConfig()
+
+
+@pytest.mark.parametrize("smoothing", ["none", "uniform"])
+def test_a_momentum_that_was_the_default_and_had_no_effect_is_read(smoothing: Any) -> None:
+    written = SFRConfig(smoothing=smoothing).to_dict() | {"momentum": 0.01}
+    assert SFRConfig.from_dict(written) == SFRConfig(smoothing=smoothing)
 
 
 def test_keyword_arguments_replace_the_fields_of_the_config_given(make_net: Any) -> None:

@@ -1,4 +1,4 @@
-"""PastPredictions: what the network said of each training sample when it last saw it, a source of smoothed targets."""
+"""PastPredictions: what the network has said of each training sample so far, a source of smoothed targets."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfr.checks import check_number, plain_number
+from sfr.config import check_momentum
 from sfr.labels.source import Batch
 from sfr.state import TensorState
 
@@ -23,9 +24,11 @@ class PastPredictions(TensorState):
         num_samples: samples of the training set, >= 1.
         sync: take over what the other ranks of ``torch.distributed`` said: K + 1 numbers for each sample of a step. The
             ranks may have different numbers of samples, for which the host waits.
+        momentum: weight of the newest prediction, in (0, 1]; the older ones fade by what it leaves. 1 keeps the last
+            alone.
 
     Raises:
-        TypeError, ValueError: for a number of samples that is none.
+        TypeError, ValueError: for a number of samples that is none, or a momentum out of range.
 
     Example:
         >>> past = PastPredictions(num_samples=3)
@@ -39,10 +42,11 @@ class PastPredictions(TensorState):
     table: Tensor
     expected_classes: int | None = None  # K, if it is to be known before the first distributions
 
-    def __init__(self, num_samples: int, sync: bool = True) -> None:
+    def __init__(self, num_samples: int, sync: bool = True, momentum: float = 1.0) -> None:
         super().__init__()
         check_number("num_samples", num_samples, 1, whole=True)
-        self.num_samples, self.sync = plain_number(num_samples), sync
+        check_momentum(momentum)
+        self.num_samples, self.sync, self.momentum = plain_number(num_samples), sync, momentum
         self._forget()
 
     def _forget(self) -> None:
@@ -81,7 +85,10 @@ class PastPredictions(TensorState):
         self.remember(_numbers_of(batch), batch.log_probabilities.detach().exp())
 
     def said(self, index: Tensor, otherwise: Tensor) -> Tensor:
-        """Return what was said of the samples `index` (B,), rows of `otherwise` (B, K) where nothing was yet."""
+        """Return what was said of the samples `index` (B,), rows of `otherwise` (B, K) where nothing was yet.
+
+        The weights of what was said sum to less than 1 at first, hence the division.
+        """
         self._prepare(otherwise)
         said = self.table[index.to(self.table.device)].to(otherwise.dtype)
         total = said.sum(dim=1, keepdim=True)
@@ -89,7 +96,7 @@ class PastPredictions(TensorState):
 
     @torch.no_grad()
     def remember(self, index: Tensor, probabilities: Tensor) -> None:
-        """Keep what is said, (B, K), of the samples `index` (B,); nothing of those for which it is not finite.
+        """Take in what is said, (B, K), of the samples `index` (B,); nothing of those for which it is not finite.
 
         What is said last of a sample that is there more than once is kept, by the order of the rows and of the ranks.
         """
@@ -101,7 +108,8 @@ class PastPredictions(TensorState):
         index = index[order]
         # All rows of one sample write the same, its last: which of them writes last makes no difference.
         last = torch.searchsorted(index, index, right=True) - 1
-        self.table[index] = said[order[last]]
+        newest, before = said[order[last]].float(), self.table[index].float()
+        self.table[index] = before.lerp(newest, self.momentum).to(self.table.dtype)
 
     def _prepare(self, like: Tensor) -> None:
         """Create the table for the first distributions, or bring a restored one to their device."""

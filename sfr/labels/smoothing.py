@@ -11,12 +11,14 @@ from torch import Tensor
 from sfr.checks import check_choice, check_number, plain_number
 from sfr.config import (
     DEFAULT_ALPHA,
+    DEFAULT_MOMENTUM,
     IGNORE_INDEX,
     Ramp,
     Smoothing,
     Update,
     check_alpha,
     check_effect,
+    check_momentum,
     check_num_samples,
     todays_switches,
 )
@@ -61,7 +63,8 @@ class DynamicLabelSmoothing(TensorState):
 
     With "past" what takes the place of S[y] is the network's softmax for the same sample when it was last in a training
     step, and the one-hot label before that (Kim et al., PS-KD, ICCV 2021, arXiv 2006.12000, who let alpha rise from 0
-    to 0.8 over the training). It is for classification with class indices: a mixed image has no past.
+    to 0.8 over the training); with a momentum below 1 it is a running mean of all that was said of the sample. It is
+    for classification with class indices: a mixed image has no past.
 
     A class whose logit is -inf is impossible for the sample: S leaves it out, so that the loss is finite wherever the
     plain cross-entropy is.
@@ -72,7 +75,8 @@ class DynamicLabelSmoothing(TensorState):
         mode: "class_mean", "past", "uniform" (S = 1/K) or "none" (plain cross-entropy).
         alpha: share of S in the target, in [0, 1], or an :class:`sfr.Ramp`; None means 0.5, 0.5, 0.1 and 0 for the
             four modes.
-        momentum: weight of one sample in the running mean, in (0, 1].
+        momentum: weight of one sample in the running means of the classes, in (0, 1], or of the newest prediction in
+            that of each sample; None means 0.01 and 1.
         update: "running" or "epoch".
         ignore_index: class index that marks a label to be left out, as in ``F.cross_entropy``; where all are, the loss
             is NaN, as there.
@@ -100,7 +104,7 @@ class DynamicLabelSmoothing(TensorState):
         self,
         mode: Smoothing = "class_mean",
         alpha: float | Ramp | None = None,
-        momentum: float = 0.01,
+        momentum: float | None = None,
         update: Update = "running",
         ignore_index: int = IGNORE_INDEX,
         num_samples: int | None = None,
@@ -119,19 +123,20 @@ class DynamicLabelSmoothing(TensorState):
             deprecated("DynamicLabelSmoothing", {name: OLD_NAMES[name] for name in old})
             alpha = todays_switches({"smoothing": mode, "alpha": alpha, **old})["alpha"]
         check_alpha(alpha)
-        check_number("momentum", momentum, 1e-6, 1)
+        check_momentum(momentum)
         check_effect("mode", mode, {"alpha": alpha, "momentum": momentum, "update": update})
         check_number("ignore_index", ignore_index, -(2**63), 2**63 - 1, whole=True)
         if num_classes is not None:
             check_number("num_classes", num_classes, 1, whole=True)
-        self.mode, self.update, self.momentum = mode, update, plain_number(momentum)
+        self.mode, self.update = mode, update
+        self.momentum = plain_number(DEFAULT_MOMENTUM.get(mode, 1.0) if momentum is None else momentum)
         self.ignore_index = plain_number(ignore_index)
         self.alpha = Ramp.of(DEFAULT_ALPHA[mode] if alpha is None else alpha)
         self.smooth_soft_targets = alpha is not None
         self.step = self._step_before = 0
         self._looked = False
         self.means = ClassMeans(self.momentum, update, sync) if mode == "class_mean" else None
-        self.past = PastPredictions(num_samples, sync) if num_samples is not None else None
+        self.past = PastPredictions(num_samples, sync, self.momentum) if num_samples is not None else None
         self.num_classes = plain_number(num_classes)
         self.expect_classes(self.num_classes)
 

@@ -17,7 +17,7 @@ def test_the_command_prints_every_seed_and_the_paired_difference_and_draws_it(tm
     rows = {line[:24].strip(): line[24:].split("  ") for line in printed.splitlines()}
     scores = {name: [float(cell) for cell in cells if cell] for name, cells in rows.items() if name.startswith("seed ")}
     assert list(scores) == [f"seed {seed}, {name}" for seed in (3, 5) for name in compare.METHODS]
-    for name in ("two lines", "class means"):
+    for name in ("two lines", "class means", "past predictions"):
         pairs = [np.subtract(scores[f"seed {seed}, {name}"], scores[f"seed {seed}, plain"]) for seed in (3, 5)]
         means = [float(cell.split(" ± ")[0]) for cell in rows[f"{name} - plain"] if cell]
         assert means == pytest.approx(np.mean(pairs, axis=0), abs=2e-3)
@@ -25,8 +25,15 @@ def test_the_command_prints_every_seed_and_the_paired_difference_and_draws_it(tm
     assert (tmp_path / "runs/compare.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_one_more_method_can_be_given(tmp_path, capfd):
+    switches = ["--sfr", "smoothing=uniform", "alpha=0.2"]
+    run_example("compare.py", tmp_path, "--labels", "3", "--epochs", "1", "--seeds", "3", "5", *switches)
+    assert "as given - plain" in capfd.readouterr().out
+
+
 def test_standard_errors_are_those_of_the_pairs():
-    results = torch.tensor([[[80.0, 5, 1], [82, 4, 1], [80, 5, 1]], [[90, 5, 1], [94, 2, 1], [90, 5, 1]]])
+    plain, gains = [[80.0, 5, 1], [90, 5, 1]], [[82.0, 4, 1], [94, 2, 1]]
+    results = torch.tensor([[plain[i], gains[i], plain[i], plain[i]] for i in range(2)])
     assert "+3.000 ± 1.000" in compare.table(results)
     assert "-2.000 ± 1.000" in compare.table(results)
     assert "85.000 ± 5.000" in compare.table(results)

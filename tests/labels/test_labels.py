@@ -170,7 +170,7 @@ def test_a_ramp_of_alpha_that_cannot_be_is_an_error_that_says_why(options: Any, 
     [
         ({"mode": "none", "alpha": 0.3}, "alpha (of mode='class_mean' or 'past' or 'uniform')"),
         ({"mode": "none", "alpha": Ramp(0, 0.3, steps=5)}, "alpha (of mode="),
-        ({"mode": "uniform", "momentum": 0.1}, "momentum (of mode='class_mean')"),
+        ({"mode": "uniform", "momentum": 0.1}, "momentum (of mode='class_mean' or 'past')"),
         ({"mode": "past", "num_samples": 4, "update": "epoch"}, "update (of mode='class_mean')"),
     ],
 )
@@ -632,7 +632,7 @@ def test_option_out_of_range_is_refused_and_named(argument: str, value: Any) -> 
         DynamicLabelSmoothing(**{argument: value})
 
 
-@pytest.mark.parametrize(("argument", "value"), [("alpha", "half"), ("momentum", None)])
+@pytest.mark.parametrize(("argument", "value"), [("alpha", "half"), ("momentum", "half")])
 def test_option_of_a_wrong_type_is_refused_and_named(argument: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"{argument} must be .*{value!r}"):
         DynamicLabelSmoothing(**{argument: value})

@@ -60,6 +60,42 @@ def test_loss_is_that_of_explicit_loops_over_many_steps() -> None:
     assert len(by_hand.said) == SAMPLES
 
 
+@pytest.mark.parametrize("momentum", [0.1, 0.7, 1.0])
+def test_the_table_is_the_mean_of_all_predictions_the_older_the_less(momentum: float) -> None:
+    """Temporal ensembling (Laine & Aila, arXiv 1610.02242), whose weights sum to 1 from the first prediction on."""
+    past, said = PastPredictions(SAMPLES, momentum=momentum), []
+    for number in range(6):
+        said.append(step(number, SAMPLES)[0].softmax(dim=1))
+        past.remember(torch.arange(SAMPLES), said[-1])
+        weights = torch.tensor([momentum * (1 - momentum) ** (number - k) for k in range(number + 1)])
+        expected = (weights[:, None, None] * torch.stack(said)).sum(dim=0) / weights.sum()
+        found = past.said(torch.arange(SAMPLES), otherwise=torch.zeros(SAMPLES, CLASSES))
+        torch.testing.assert_close(found, expected, rtol=0, atol=3e-3)
+
+
+def test_a_momentum_of_one_keeps_the_last_prediction_to_the_last_bit() -> None:
+    past = PastPredictions(SAMPLES)
+    for number in range(4):
+        logits, _, index = step(number)
+        past.remember(index, logits.softmax(dim=1))
+        assert torch.equal(past.table[index], logits.softmax(dim=1).half())
+
+
+def test_a_prediction_that_is_not_finite_leaves_those_before() -> None:
+    past, index, said = PastPredictions(SAMPLES, momentum=0.5), torch.tensor([3]), torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+    past.remember(index, said)
+    past.remember(index, torch.full((1, CLASSES), torch.nan))
+    torch.testing.assert_close(past.said(index, otherwise=torch.zeros(1, CLASSES)), said, rtol=0, atol=1e-3)
+
+
+def test_the_switch_of_the_criterion_is_the_momentum_of_the_table() -> None:
+    assert [build().past.momentum, build(momentum=0.2).past.momentum] == [1.0, 0.2]
+    config = sfr.SFRConfig(smoothing="past", num_samples=SAMPLES, momentum=0.2)
+    assert DynamicLabelSmoothing(**config.of_labels()).past.momentum == 0.2
+    with pytest.raises(ValueError, match="momentum must lie in"):
+        PastPredictions(SAMPLES, momentum=1.5)
+
+
 def test_a_sample_not_seen_yet_has_its_label_for_a_target() -> None:
     logits, target, index = step(0)
     torch.testing.assert_close(build(alpha=0.7)(logits, target, index), F.cross_entropy(logits, target))
