@@ -18,7 +18,7 @@ LONGEST = {
     "torchrun_ddp.py": 41,
     "hf_trainer.py": 41,
     "lightning_module.py": 41,
-    "compare.py": 145,
+    "compare.py": 148,
 }
 
 
