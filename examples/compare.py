@@ -1,6 +1,6 @@
 """A small network on few labels, some of them wrong: plain, with the two lines, and with two label terms besides.
 
-    python examples/compare.py                            # about a minute on two CPU cores; draws runs/compare.png
+    python examples/compare.py                            # a minute or two on two CPU cores; draws runs/compare.png
     python examples/compare.py --labels 10 --epochs 100   # so few that nothing is gained
 
 The data are scikit-learn's digits. Thirty images of each class are labelled for training, one label in five is wrong,
