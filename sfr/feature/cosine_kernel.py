@@ -38,14 +38,15 @@ def cosine_distances(shallow: Floats, deep: Floats, values: Floats, gradients: F
     share = np.float32(1 / size)
     for problem in range(len(shallow)):
         sound = directions(shallow[problem], own, own_scale) and directions(deep[problem], other, other_scale)
+        if sound:
+            half_squares(own, other, cost)
+            sound = match(cost, prices, column, scaled, distance, final, open_prices, rows, previous, owned) != 0
         if not sound:
             values[problem] = np.float32(np.nan)
             for p in range(size):
                 for c in range(width):
                     gradients[problem, p, c] = np.float32(np.nan)
             continue
-        half_squares(own, other, cost)
-        match(cost, prices, column, scaled, distance, final, open_prices, rows, previous, owned)
         total = ZERO
         for p in range(size):
             total += cost[p, column[p]]
