@@ -34,8 +34,10 @@ def current_names(values: Mapping[str, Any], weight: float | Ramp, alphas: Mappi
         if values.get(name, default) != default:
             raise ValueError(f"{name} says how the model is read: SFRWrapper(model, {name}={values[name]!r})")
     switches = {name: value for name, value in values.items() if name not in (*OF_THE_WRAPPER, *OLD_NAMES)}
-    if switches.get("momentum") == 0.01 and switches.get("smoothing", "none") in ("uniform", "none"):
-        del switches["momentum"]  # the default of before 0.2, where it has no effect
+    # 0.01 was the default, with or without effect: so it is in a whole configuration that lacks a field of later.
+    earlier = {"pairs", "cost", "marginals"} <= values.keys() and "matching" not in values
+    if switches.get("momentum") == 0.01 and (earlier or switches.get("smoothing", "none") in ("uniform", "none")):
+        del switches["momentum"]
     if "weight" in values:
         switches["feature_weight"] = values["weight"]
     if any(name in values for name in OLD_NAMES):

@@ -334,6 +334,14 @@ def test_a_momentum_that_was_the_default_and_had_no_effect_is_read(smoothing: An
     assert SFRConfig.from_dict(written) == SFRConfig(smoothing=smoothing)
 
 
+def test_a_momentum_of_past_predictions_is_read_unless_it_was_written_before_there_was_one() -> None:
+    config = SFRConfig(smoothing="past", num_samples=9, momentum=0.01)
+    assert SFRConfig.from_dict(config.to_dict()) == config
+    assert SFRConfig.from_dict({"smoothing": "past", "num_samples": 9, "momentum": 0.01}) == config
+    earlier = {name: value for name, value in config.to_dict().items() if name != "matching"}
+    assert SFRConfig.from_dict(earlier) == SFRConfig(smoothing="past", num_samples=9)
+
+
 def test_keyword_arguments_replace_the_fields_of_the_config_given(make_net: Any) -> None:
     model, config = sfr.SFRWrapper(make_net()), SFRConfig(feature_weight=0.1, pairs="last")
     for given in (config, config.to_dict(), {"feature_weight": 0.1, "pairs": "last"}):

@@ -356,8 +356,8 @@ def test_settings_of_all_recorded_results_can_be_read():
             config = sfr.SFRConfig.from_dict(settings)
             written = json.loads(json.dumps(config.to_dict()))
             moves = settings.get("alpha_end") is not None
-            without_effect = {"momentum"} if settings["smoothing"] in ("uniform", "none") else set()
-            for name in settings.keys() & set(SWITCHES) - ({"alpha"} if moves else set()) - without_effect:
+            default = {"momentum"} if settings.get("momentum") == 0.01 else set()
+            for name in settings.keys() & set(SWITCHES) - ({"alpha"} if moves else set()) - default:
                 assert written[name] == settings[name]
             if moves:
                 assert config.alpha.at(10**9) == settings["alpha_end"]

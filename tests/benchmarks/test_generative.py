@@ -20,10 +20,10 @@ def run(monkeypatch, *arguments):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two arms of the smallest plan."""
+    """One cell of the smallest plan."""
     path = tmp_path_factory.mktemp("generative")
     with pytest.MonkeyPatch.context() as patch:
-        arms = ["--arms", "vanilla", "layersync", "--seeds", "3"]
+        arms = ["--arms", "layersync", "--seeds", "3"]
         run(patch, "--plan", "tiny", *arms, "--results", str(path / "results"), "--cache", str(path / "cache"))
     return path
 
@@ -47,34 +47,34 @@ def test_arms_differ_in_what_their_names_say():
 
 def test_a_cell_that_is_there_is_not_run_again(folder, monkeypatch, capsys):
     monkeypatch.setattr(command, "run_cell", None)
-    arguments = ["--plan", "tiny", "--arms", "vanilla", "--seeds", "3", "--results", str(folder / "results")]
+    arguments = ["--plan", "tiny", "--arms", "layersync", "--seeds", "3", "--results", str(folder / "results")]
     run(monkeypatch, *arguments)
     assert "is there" in capsys.readouterr().out
 
 
 def test_a_training_that_is_over_is_only_judged(folder):
-    weights = folder / "cache/tiny/vanilla-seed3/model.pt"
+    weights = folder / "cache/tiny/layersync-seed3/model.pt"
     written = weights.stat().st_mtime_ns
-    again = cells.run_cell(cells.Cell("tiny", "vanilla", 3), None, folder / "again", folder / "cache")
-    before = json.loads((folder / "results/tiny/vanilla-seed3.json").read_text())
+    again = cells.run_cell(cells.Cell("tiny", "layersync", 3), None, folder / "again", folder / "cache")
+    before = json.loads((folder / "results/tiny/layersync-seed3.json").read_text())
     assert again["scores"] == before["scores"]
     assert weights.stat().st_mtime_ns == written
 
 
 def test_the_page_pairs_the_seeds(folder, monkeypatch, tmp_path):
     (tmp_path / "generative.md").write_text(f"# By hand\n\n{page.MARK}\n")
-    for name, path in (
-        ("CELLS", folder / "results"),
-        ("DOCS", tmp_path),
-        ("PAGE", tmp_path / "generative.md"),
-    ):
-        monkeypatch.setattr(page, name, path)
+    cell = json.loads((folder / "results/tiny/layersync-seed3.json").read_text())
+    plain = cell | {"arm": "vanilla", "scores": cell["scores"] | {"error": cell["scores"]["error"] - 0.25}}
+    (tmp_path / "results/tiny").mkdir(parents=True)
+    for record in (cell, plain, plain | {"seed": 4}):
+        (tmp_path / f"results/tiny/{record['arm']}-seed{record['seed']}.json").write_text(json.dumps(record))
+    for name, path in (("CELLS", "results"), ("DOCS", "."), ("PAGE", "generative.md")):
+        monkeypatch.setattr(page, name, tmp_path / path)
     page.write_page()
     text = (tmp_path / "generative.md").read_text()
-    found = page.read_cells("tiny")
-    gap = 1000 * (found["layersync"][3]["scores"]["error"] - found["vanilla"][3]["scores"]["error"])
     assert text.startswith("# By hand")
-    assert f"| `layersync` | 1 | {gap:+.2f} |" in text
+    assert "| `layersync` | 1 | +250.00 |" in text
+    assert "| `vanilla` | 2 |" in text
     assert (tmp_path / "generative-tiny.png").read_bytes().startswith(b"\x89PNG")
 
 
