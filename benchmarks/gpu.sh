@@ -3,7 +3,7 @@
 #
 #     bash benchmarks/gpu.sh [--minutes 9] [--out benchmarks/results/gpu] [--data-dir FOLDER] [--tiny]
 #
-# FOLDER holds CIFAR-100's Parquet files; without it there is no accuracy. --tiny tries every line on the CPU.
+# FOLDER holds CIFAR-100's Parquet files; without it there is no accuracy and no drawing. --tiny tries every line on the CPU.
 set -euo pipefail
 minutes=9 out="" data="" tiny=""
 while [ $# -gt 0 ]; do
@@ -36,11 +36,11 @@ part() { # NAME FILE COMMAND...: run it unless its file is there; what it writes
 
 failed=()
 device=cuda precision=bf16 small=(resnet18:32:128) large=(resnet50:224:64 vit_small_patch16_224:224:64)
-repeats=(--repeats 30) solvers=(--batch-size 256) accuracy=(--plan gpu)
+repeats=(--repeats 30) solvers=(--batch-size 256) accuracy=(--plan gpu) flow=(--plan gpu)
 if [ -n "$tiny" ]; then
     device=cpu precision=fp32 small=(resnet8:16:4) large=(resnet18:64:2 vit_tiny_patch16_224:32:2)
     repeats=(--repeats 1 --train-steps 1) solvers=(--quick --batch-size 2 --repeats 1 --budget 0.01 --limit 0.02)
-    accuracy=(--schedule smoke --model resnet8 --seeds 0)
+    accuracy=(--schedule smoke --model resnet8 --seeds 0) flow=(--plan tiny --arms layersync --seeds 0)
 fi
 cost=(python -m benchmarks.step_cost.overhead --device "$device" --precision "$precision" --channels-last "${repeats[@]}")
 part correctness tests.xml python -m pytest -p no:cacheprovider --junit-xml @FILE tests/test_gpu.py
@@ -52,6 +52,11 @@ part solvers transport.json python -m benchmarks.transport --device "$device" "$
 if [ -n "$data" ]; then
     part accuracy all-cells python -m benchmarks.accuracy --device "$device" --data-dir "$data" "${accuracy[@]}" \
         --results "$out/accuracy" --cache "$out/cache"
+    [ -n "$tiny" ] || flow+=(--data-dir "$data")
+fi
+if [ -n "$data$tiny" ]; then
+    part "flow matching" flow-cells env ACCELERATE_MIXED_PRECISION="${precision/fp32/no}" \
+        python -m benchmarks.generative "${flow[@]}" --results "$out/generative" --cache "$out/cache"
 fi
 if [ ${#failed[@]} -gt 0 ]; then
     echo "failed: ${failed[*]}"

@@ -67,7 +67,7 @@ PLANS = {
     ),  # tries every line
     "digits": Plan("digits", 8, 2, 48, 6, 60, batch_size=64, lr=2e-3, drawn=1000, sampling_steps=12),
     "cpu": Plan("cifar10", 16, 4, 96, 8, 6),
-    "gpu": Plan("cifar10", 32, 2, 384, 12, 60, batch_size=256, drawn=10_000, sampling_steps=20),
+    "gpu": Plan("cifar100", 32, 2, 384, 12, 60, batch_size=256, drawn=10_000, sampling_steps=20),
 }
 
 

@@ -80,7 +80,8 @@ def test_the_script_of_the_gpu_runs_commands_that_there_are(tmp_path, monkeypatc
     assert (ROOT / tests.split()[-1]).exists()
     for call in calls:
         check(call, monkeypatch)
-    assert len(calls) == (5 if arguments else 4)
+    assert len(calls) == (6 if arguments else 4)
+    assert not arguments or ("--plan tiny" in calls[-1]) != (f"--data-dir {tmp_path}/data" in calls[-1])
     assert all(f"{tmp_path}/data" in call for call in calls if "accuracy " in call)
 
 
