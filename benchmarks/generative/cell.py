@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.common.data import SOURCES, load_parts
 from benchmarks.common.environment import environment
 from benchmarks.common.images import resized
 from benchmarks.common.paths import ROOT
 from benchmarks.generative.scores import frechet_distances, probes
 from examples.common.atomic_file import replace_text
-from examples.common.data import SOURCES, Labelled, load_splits
+from examples.common.data import Labelled
 from examples.common.diffusion_transformer import DiffusionTransformer
 from examples.common.flow import sample
 
@@ -92,7 +93,7 @@ def run_cell(cell: Cell, data_dir: Path | None, results: Path, cache: Path) -> R
         cell: which one.
         data_dir: folder with the data set's Parquet files, in place of the Hub.
         results: folder of the JSON files.
-        cache: folder of the trainings.
+        cache: folder of the trainings, and of the decoded images.
     """
     plan = PLANS[cell.plan]
     folder = (cache / cell.file).with_suffix("")
@@ -100,7 +101,7 @@ def run_cell(cell: Cell, data_dir: Path | None, results: Path, cache: Path) -> R
     train(options, data_dir, folder)
     start = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = judged(plan, folder, data_dir, device)
+    found = judged(plan, folder, data_dir, cache, device)
     history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     record = {
         **asdict(cell),
@@ -125,7 +126,7 @@ def train(options: list[str], data_dir: Path | None, folder: Path) -> None:
         subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
-def judged(plan: Plan, folder: Path, data_dir: Path | None, device: torch.device) -> Record:
+def judged(plan: Plan, folder: Path, data_dir: Path | None, cache: Path, device: torch.device) -> Record:
     """Return the scores of the slow average of a training."""
     classes = SOURCES[plan.dataset].num_classes
     network = DiffusionTransformer(
@@ -133,8 +134,8 @@ def judged(plan: Plan, folder: Path, data_dir: Path | None, device: torch.device
     )
     network.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
     network.to(device).eval()
-    splits = load_splits(plan.dataset, data_dir, plan.limit)
-    train, test = (in_range(part.data, plan.image_size) for part in (splits.train, splits.test))
+    parts = load_parts(plan.dataset, data_dir, cache, "test")
+    train, test = (in_range(Labelled(*(each[: plan.limit] for each in part)), plan.image_size) for part in parts)
     summary = json.loads((folder / "summary.json").read_text())
     images = {"drawn": drawn_images(network, plan, classes, device), "training": train.pixels[: plan.drawn]}
     return {
