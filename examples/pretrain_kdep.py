@@ -34,7 +34,6 @@ from common import atomic_file, data, kept_features, learning_rate, models, opti
 from common.teachers import Teacher, load_teacher
 from sfr.pretrain import Alignment, KDEPLoss, PooledFeatures, power_temperature_scaling
 from sfr.pretrain.kdep import Aligner, alignment_of
-from sfr.pretrain.moments import Moments
 
 
 def main(argv: Sequence[str] | None = None) -> nn.Module:
@@ -175,11 +174,8 @@ def fit(teacher: Teacher, loader: Any, width: int, accelerator: Accelerator) -> 
     """Mean and principal axes over the training images, one augmented view of each, on all processes."""
     disable = not accelerator.is_main_process
     bar = tqdm(loader, "alignment", disable=disable, leave=False)
-    moments = Moments()
-    for images, given, _ in bar:
-        moments.update(teacher(images, given))
     try:
-        return alignment_of(moments.of_all_ranks(), width)
+        return alignment_of((teacher(images, given) for images, given, _ in bar), width)
     except ValueError as error:
         raise SystemExit(f"--teacher and --model: {error}") from error
 

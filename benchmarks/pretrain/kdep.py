@@ -37,7 +37,6 @@ from examples.common.learning_rate import warmup_then_cosine
 from examples.common.models import CifarResNet, build_model
 from sfr.pretrain import KDEPLoss, PooledFeatures
 from sfr.pretrain.kdep import Aligner, Alignment, alignment_of
-from sfr.pretrain.moments import Moments
 
 CELLS = RESULTS / "kdep"
 PAGE = DOCS / "kdep.md"
@@ -224,9 +223,7 @@ def feature_objective(student: CifarResNet, arm: Aligner, seed: int, features: T
 
 
 def student_alignment(student: CifarResNet, features: Tensor) -> Alignment:
-    moments = Moments()
-    moments.update(features)
-    return alignment_of(moments, student.fc.in_features)
+    return alignment_of([features], student.fc.in_features)
 
 
 def finetune(student: CifarResNet, labelled: Labelled) -> None:

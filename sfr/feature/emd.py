@@ -97,13 +97,15 @@ def _compiled(pairs: Sequence[tuple[Tensor, Tensor]], solver: Solver) -> list[Te
     def otherwise(shallow: Tensor, deep: Tensor) -> Tensor:
         return _planned([(shallow, deep)], "cosine", "uniform", solver)[0]
 
+    if not all(fits(*pair) for pair in pairs):
+        return None
     found: list[Tensor] = []
-    for pair in pairs if all(fits(*pair) for pair in pairs) else ():
+    for pair in pairs:
         values = cosine_distance(*pair, otherwise)
         if values is None:
             return None
         found.append(values)
-    return found or None
+    return found
 
 
 def _planned(pairs: Sequence[tuple[Tensor, Tensor]], cost: Cost, marginals: Marginals, solver: Solver) -> list[Tensor]:

@@ -85,22 +85,23 @@ def fit_alignment(teacher: nn.Module, loader: Iterable[Any], dim: int) -> Alignm
     device = next((parameter.device for parameter in teacher.parameters()), torch.device("cpu"))
     training = [module for module in features.modules() if module.training]
     features.eval()
-    moments = Moments()
     try:
-        for batch in loader:
-            moments.update(features(_images_of(batch).to(device)))
+        return alignment_of((features(_images_of(batch).to(device)) for batch in loader), dim)
     finally:
         for module in training:
             module.training = True
-    return alignment_of(moments.of_all_ranks(), dim)
 
 
-def alignment_of(moments: Moments, dim: int) -> Alignment:
-    """Return the alignment to a student of width `dim` from the moments of a teacher's features.
+def alignment_of(features: Iterable[Tensor], dim: int) -> Alignment:
+    """Return the alignment to a student of width `dim` from batches (B, D) of a teacher's features, those of all ranks.
 
     Raises:
         ValueError: if `dim` is not in [1, D], there are no features, or one is not finite.
     """
+    own = Moments()
+    for batch in features:
+        own.update(batch)
+    moments = own.of_all_ranks()
     if not moments.count:
         raise ValueError("loader must give at least one image; it was empty")
     if not moments.scatter.isfinite().all():
