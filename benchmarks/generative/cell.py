@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.common.data import SOURCES, load_parts
 from benchmarks.common.environment import environment
+from benchmarks.common.example import command_of, history_of, run_example
 from benchmarks.common.images import resized
 from benchmarks.common.paths import ROOT
 from benchmarks.generative.scores import frechet_distances, probes
@@ -102,7 +100,7 @@ def run_cell(cell: Cell, data_dir: Path | None, results: Path, cache: Path) -> R
     start = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = judged(plan, folder, data_dir, cache, device)
-    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    history = history_of(folder)
     record = {
         **asdict(cell),
         "options": " ".join(options),
@@ -120,10 +118,9 @@ def run_cell(cell: Cell, data_dir: Path | None, results: Path, cache: Path) -> R
 
 def train(options: list[str], data_dir: Path | None, folder: Path) -> None:
     """Run the example, or what is left of it."""
-    source = [f"--data-dir={data_dir.resolve()}"] if data_dir else []
-    command = [sys.executable, "examples/train_flow.py", *options, *source, "--output-dir", str(folder), "--resume"]
+    command = command_of("train_flow.py", [*options, "--output-dir", str(folder.resolve()), "--resume"], data_dir)
     if not (folder / "model.pt").exists():
-        subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        run_example(command, {"PYTHONPATH": str(ROOT)})
 
 
 def judged(plan: Plan, folder: Path, data_dir: Path | None, cache: Path, device: torch.device) -> Record:

@@ -15,10 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -29,9 +26,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.environment import environment
+from benchmarks.common.example import command_of, history_of, run_example
 from benchmarks.common.labels import few_labels, with_noise
 from benchmarks.common.paired import spread
-from benchmarks.common.paths import DOCS, RESULTS, ROOT
+from benchmarks.common.paths import DOCS, RESULTS
 from benchmarks.common.tables import markdown_table, page_with
 from examples.common.atomic_file import replace_text
 from examples.common.data import SOURCES, Labelled, Splits, load_splits
@@ -92,7 +90,7 @@ def run_cell(method: str, seed: int, splits: Splits, args: argparse.Namespace) -
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pretrain([*options.split(), "--seed", str(seed), "--output-dir", str(folder / "run")], args)
-        history = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        history = history_of(folder / "run")
         weights = torch.load(folder / "run" / "model.pt", weights_only=True)
     seconds = round(time.perf_counter() - start, 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -115,9 +113,8 @@ def run_cell(method: str, seed: int, splits: Splits, args: argparse.Namespace) -
 
 def pretrain(arguments: Sequence[str], args: argparse.Namespace) -> None:
     """Run examples/pretrain_dogo.py."""
-    source = ["--data-dir", str(args.data_dir.resolve())] if args.data_dir else []
-    command = [sys.executable, "examples/pretrain_dogo.py", *arguments, *source]
-    subprocess.run(command, env=os.environ | {"ACCELERATE_MIXED_PRECISION": args.precision}, cwd=ROOT, check=True)
+    command = command_of("pretrain_dogo.py", arguments, args.data_dir)
+    run_example(command, {"ACCELERATE_MIXED_PRECISION": args.precision})
 
 
 def encoders(weights: dict[str, Tensor]) -> dict[str, TwoViewNetwork]:

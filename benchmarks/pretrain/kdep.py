@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +25,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader
 
 from benchmarks.common.environment import environment
+from benchmarks.common.example import command_of, run_example
 from benchmarks.common.labels import few_labels
 from benchmarks.common.paired import differences, spread
 from benchmarks.common.paths import DOCS, RESULTS, ROOT
@@ -122,7 +120,7 @@ def trained_teacher(args: argparse.Namespace) -> nn.Module:
     """Train the teacher with the example's own command, or load what it has left."""
     folder = args.work_dir / "teacher"
     if not (folder / "summary.json").exists():
-        subprocess.run(teacher_command(args, folder), env=os.environ | ON_THE_CPU, cwd=ROOT, check=True)
+        run_example(teacher_command(args, folder), ON_THE_CPU)
     summary = json.loads((folder / "summary.json").read_text())
     record = {
         "accuracy": summary["test_accuracy"],
@@ -137,10 +135,9 @@ def trained_teacher(args: argparse.Namespace) -> nn.Module:
 
 def teacher_command(args: argparse.Namespace, folder: Path) -> list[str]:
     """Return the command that trains the teacher, from the root; it goes on where it was stopped."""
-    source = ["--data-dir", str(args.data_dir.resolve())] if args.data_dir else []
     recipe = ["--model", SETTINGS["teacher"], "--epochs", str(SETTINGS["teacher_epochs"]), "--method", "vanilla"]
     where = ["--output-dir", str(folder.resolve()), "--resume"]
-    return [sys.executable, "examples/train_cifar.py", "--dataset", "cifar100", *source, *recipe, *where]
+    return command_of("train_cifar.py", ["--dataset", "cifar100", *recipe, *where], args.data_dir)
 
 
 def run_cell(

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
 from benchmarks.common.environment import environment
-from benchmarks.common.paths import RESULTS, ROOT
+from benchmarks.common.example import command_of, history_of, run_example
+from benchmarks.common.paths import RESULTS
 from examples.common.atomic_file import replace_text
 
 FILE = RESULTS / "kdep-views.json"
@@ -51,11 +49,10 @@ def main() -> None:
 def epoch(views: str, folder: Path, name: str, args: argparse.Namespace) -> float:
     """Return the seconds of the second of two epochs of pre-training."""
     where = ["--views", views, "--feature-cache", str(folder / "features"), "--output-dir", str(folder / name)]
-    source = ["--dataset", "cifar100", "--data-dir", str(args.data_dir.resolve())] if args.data_dir else []
-    command = [sys.executable, "examples/pretrain_kdep.py", *recipe(args), *source, *where]
-    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"ACCELERATE_USE_CPU": "true"})
-    lines = (folder / name / "pretrain" / "metrics.jsonl").read_text().splitlines()
-    return float(json.loads(lines[-1])["seconds"])
+    dataset = ["--dataset", "cifar100"] if args.data_dir else []
+    command = command_of("pretrain_kdep.py", [*recipe(args), *dataset, *where], args.data_dir)
+    run_example(command, {"ACCELERATE_USE_CPU": "true"})
+    return float(history_of(folder / name / "pretrain")[-1]["seconds"])
 
 
 def recipe(args: argparse.Namespace) -> list[str]:
