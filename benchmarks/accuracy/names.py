@@ -12,6 +12,9 @@ UNGATED, UNGATED_SMOOTHED = "sfr@gate=none", "sfr@gate=none,smoothing=class_mean
 EARLIER = "sfr@cost=sqeuclidean,weight=0.2,smoothing=class_mean"
 FEATURES = "sfr@cost=sqeuclidean,weight=0.2"
 PAST = "sfr@smoothing=past,alpha=0,alpha_end=0.8,cost=sqeuclidean,weight=0.2"
+# For wrong labels: with the feature term, and without.
+PAST_CONSTANT = "sfr@smoothing=past,alpha=0.8"
+PAST_LABELS = "sfr@smoothing=past,alpha=0.8,feature_weight=0"
 # By the size of the images: vanilla for as long as sfr takes.
 LONGER = {32: "vanilla-longer@factor=1.02", 16: "vanilla-longer@factor=1.1"}
 PEERS = {
@@ -50,7 +53,14 @@ LADDER = {
     "cutmix": "CutMix",
     "sfr-cutmix@cost=sqeuclidean,weight=0.2,smoothing=class_mean": "**sfr**, earlier default + CutMix",
 }
-NAMES = LADDER | PEERS
+WRONG_LABELS = {
+    BASE: "vanilla",
+    "label-smoothing": "label smoothing 0.1",
+    "elr": "ELR",
+    PAST_LABELS: "**sfr**, past predictions (alpha 0.8) alone",
+    PAST_CONSTANT: "**sfr**, past predictions (alpha 0.8)",
+}
+NAMES = LADDER | PEERS | WRONG_LABELS
 
 
 def comparable(arms: Iterable[str], image_size: int) -> list[str]:

@@ -15,6 +15,7 @@ from benchmarks.accuracy.names import (
     SMOOTHED,
     UNGATED,
     UNGATED_SMOOTHED,
+    WRONG_LABELS,
     comparable,
 )
 
@@ -25,6 +26,9 @@ SCHEDULES = {
     "tenth-16px-short": Schedule(epochs=60, per_class=50, image_size=16),
     "noise20-16px": Schedule(epochs=60, per_class=100, image_size=16, label_noise=0.2),
     "noise40-16px": Schedule(epochs=60, per_class=100, image_size=16, label_noise=0.4),
+    "noise40-500": Schedule(epochs=100, per_class=500, image_size=16, label_noise=0.4, precision="fp32"),
+    "noise40-all": Schedule(epochs=100, label_noise=0.4),
+    "noise60-all": Schedule(epochs=100, label_noise=0.6),
     "full-30": Schedule(epochs=30),
     "full-30-16px": Schedule(epochs=30, image_size=16),
     "full-60": Schedule(epochs=60),
@@ -139,6 +143,7 @@ REGIMES = [
 # What docs/accuracy.md is made of: the scan by which choices were made, then the test, with seeds of its own.
 PLANS = {
     "regimes": REGIMES,
+    "wrong-labels": [Round("noise40-500", "held-out", range(100, 103), tuple(WRONG_LABELS), dataset="cifar10")],
     "scan": [
         Round("tenth-16px-short", "held-out", (100,), SCANNED_SHORT),
         Round("tenth-16px", "held-out", (100, 101), SCANNED),
@@ -164,6 +169,8 @@ PLANS = {
     "gpu": [
         Round("full-60", "test", range(3), ("vanilla", "sfr", UNGATED), "resnet18"),
         Round("full-200", "test", range(3), MAIN, "resnet18"),
+        Round("noise40-all", "test", range(3), tuple(WRONG_LABELS), "resnet18"),
+        Round("noise60-all", "test", range(3), tuple(WRONG_LABELS), "resnet18"),
         Round("full-200", "test", range(5), comparable(PEERS, 32), "resnet18"),
         Round("full-200", "test", range(3), tuple(LADDER), "resnet18"),
         Round("full-200-autoaugment", "test", range(3), MAIN, "resnet18"),

@@ -22,7 +22,19 @@ from benchmarks.accuracy.cell import CELLS
 from benchmarks.accuracy.cost_plot import Point, draw, is_drawn
 from benchmarks.accuracy.diagnosis_tables import diagnosis_tables
 from benchmarks.accuracy.groups import Group, Record, Scores, on_corrupted, read_groups, result
-from benchmarks.accuracy.names import BASE, EARLIER, FEATURES, LADDER, NAMES, OURS, PAST, PEERS, UNGATED, comparable
+from benchmarks.accuracy.names import (
+    BASE,
+    EARLIER,
+    FEATURES,
+    LADDER,
+    NAMES,
+    OURS,
+    PAST,
+    PEERS,
+    UNGATED,
+    WRONG_LABELS,
+    comparable,
+)
 from benchmarks.accuracy.repeated import repeated
 from benchmarks.common.paired import differences, spread, with_error
 from benchmarks.common.paths import DOCS, README, ROOT
@@ -157,6 +169,7 @@ def section(group: Group) -> str:
     tables = {
         "Peers": "\n\n".join(filter(None, [arms_table(group, PEERS, rivals=RIVALS), not_run(group)])),
         "The ladder": arms_table(group, LADDER),
+        "Wrong labels": arms_table(group, WRONG_LABELS) if group.schedule["label_noise"] else "",
         "Variants, the best first": arms_table(group, {arm: f"`{arm}`" for arm in variants(group)}),
     }
     parts = [f"### {name}\n\n{table}" for name, table in tables.items() if table]
@@ -286,7 +299,7 @@ def side_by_side(columns: Sequence[tuple[str, Mapping[str, Scores]]]) -> str:
     """Return accuracies and gains by arm, one column for each of the named groups of scores."""
     there = dict.fromkeys(arm for _, scores in columns for arm in scores)
     rows = []
-    for arm in sorted(there, key=lambda arm: (*PEERS, *LADDER, *there).index(arm)):
+    for arm in sorted(there, key=lambda arm: (*PEERS, *NAMES, *there).index(arm)):
         cells = []
         for _, scores in columns:
             gained = gain(scores[arm], scores.get(BASE, {})) if arm in scores and arm != BASE else ""

@@ -212,6 +212,29 @@ def test_ps_kd_moves_the_targets_towards_what_was_said_an_epoch_ago(task: Task) 
     assert not arm.predictions.requires_grad
 
 
+def test_elr_pushes_the_prediction_towards_the_mean_of_what_was_said(task: Task) -> None:
+    arm = build_arm("elr", task)
+    assert (arm.weight, arm.beta) == (3.0, 0.7)  # the authors', for ten classes and fewer
+    labels, targets = task.labels[batch()], np.zeros((BATCH, CLASSES))
+    for _ in range(3):
+        logits = logits_of(task, batch())
+        targets = 0.7 * targets + 0.3 * softmax(logits)
+        agreement = (targets * softmax(logits)).sum(axis=1)
+        expected = cross_entropy(logits, labels) + 3 * np.log(1 - agreement).mean()
+        loss = arm(batch())
+        assert loss.item() == pytest.approx(expected, rel=1e-4)
+        with torch.no_grad():
+            task.model.fc.weight.mul_(2)
+    assert not arm.targets.requires_grad
+    assert not arm.targets[batch(1)].any()
+
+    logits = logits_of(task, batch()).double().requires_grad_()
+    targets = torch.tensor(0.7 * targets + 0.3 * softmax(logits.detach()))
+    (F.cross_entropy(logits, labels) + 3 * (1 - (targets * logits.softmax(1)).sum(1)).log().mean()).backward()
+    arm(batch()).backward()
+    torch.testing.assert_close(task.model.fc.bias.grad, logits.grad.sum(dim=0).float(), rtol=1e-4, atol=1e-6)
+
+
 def test_sfr_with_past_predictions_is_ps_kd_and_the_feature_term(task: Task) -> None:
     theirs = build_arm("ps-kd", replace(task, model=copy.deepcopy(task.model)))
     theirs.epoch += task.epochs - 1  # from here on its alpha is 0.8

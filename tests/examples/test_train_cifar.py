@@ -5,7 +5,6 @@ import os
 import pkgutil
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 
@@ -158,12 +157,6 @@ def test_tracker_logs_every_epoch(tmp_path):
     assert [event.step for event in events.Scalars("train_loss")] == [1, 2, 3]
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def killed_at_the_fourth_step(rank, folder):
     step, calls = accelerate.Accelerator.backward, []
 
@@ -225,30 +218,15 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, undisturbed):
     assert metrics(tmp_path / "run") == metrics(undisturbed)
 
 
-TWO_PROCESSES = """
-import os, torch, train_cifar
-model = train_cifar.main()
-torch.save(model.state_dict(), f"{os.environ['RANKS_FOLDER']}/rank{os.environ['RANK']}.pt")
-"""
+def in_one_of_two_processes(rank, folder):
+    return train(folder, "--epochs", "1").state_dict()
 
 
-def test_two_processes_share_weights_and_measure_what_one_would(tmp_path, importing_examples):
-    script = tmp_path / "script.py"
-    script.write_text(TWO_PROCESSES)
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    launch += ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", free_port()]
-    done = subprocess.run(
-        [*launch, script, *small(tmp_path / "run", "--epochs", "1")],
-        env={**importing_examples, "RANKS_FOLDER": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
+def test_two_processes_share_weights_and_measure_what_one_would(tmp_path):
+    """By forked ranks, which start sooner; `.ci/run` starts them by `accelerate launch`."""
+    ranks = run_ranks(in_one_of_two_processes, tmp_path / "run", environment={"ACCELERATE_USE_CPU": "true"})
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert (config["processes"], config["device"]) == (2, "cpu")
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert_same_weights(*ranks)
     assert_same_weights(ranks[0], weights(tmp_path / "run"))
     summary = json.loads((tmp_path / "run/summary.json").read_text())

@@ -88,7 +88,7 @@ def in_rank(
         meeting = f"file://{folder}/store"  # no port is needed
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=PATIENCE)
     torch.save(getattr(load_module(file), name)(rank, *arguments), f"{folder}/{rank}")
-    if ranks > 1:
+    if dist.is_initialized():  # else the function has ended the group itself
         dist.barrier()  # a rank that ended while gloo's threads still let go of its last message could crash
         dist.destroy_process_group()
 

@@ -11,6 +11,7 @@ from benchmarks.accuracy.methods.byot import BeYourOwnTeacher
 from benchmarks.accuracy.methods.cs_kd import ClassWise
 from benchmarks.accuracy.methods.cutmix import CutMix, SelfFeatureCutMix
 from benchmarks.accuracy.methods.dlb import LastMiniBatch
+from benchmarks.accuracy.methods.elr import EarlyLearning
 from benchmarks.accuracy.methods.gated_labels import GatedLabels
 from benchmarks.accuracy.methods.label_smoothing import LabelSmoothing
 from benchmarks.accuracy.methods.online_label_smoothing import OnlineLabelSmoothing
@@ -29,6 +30,7 @@ METHODS: dict[str, type[Arm]] = {
     "tf-kd-reg": VirtualTeacher,
     "cs-kd": ClassWise,
     "ps-kd": Progressive,
+    "elr": EarlyLearning,
     "dlb": LastMiniBatch,
     "byot": BeYourOwnTeacher,
     "tfd": TeacherFreeFeatureDistillation,
