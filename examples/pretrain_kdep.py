@@ -24,15 +24,15 @@ from typing import Any, get_args
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import SGD
 from tqdm.auto import tqdm
 
 import train_cifar
 from common import atomic_file, data, kept_features, learning_rate, models, options, pretrained, run_folder, runs
+from common.alignment_plot import plot_alignment
 from common.teachers import Teacher, load_teacher
-from sfr.pretrain import Alignment, KDEPLoss, PooledFeatures, power_temperature_scaling
+from sfr.pretrain import Alignment, KDEPLoss, PooledFeatures
 from sfr.pretrain.kdep import Aligner, alignment_of
 
 
@@ -164,7 +164,7 @@ def fitted_loss(
         file = args.output_dir / "alignment.pt"
         atomic_file.replace_file(file, lambda partial: torch.save(alignment.state_dict(), partial))
         projected = alignment(features_of(teacher, test_loader))
-        plot_alignment(alignment, projected, args, file.with_suffix(".png"))
+        plot_alignment(alignment, projected, [(args.temperature, args.power)], file.with_suffix(".png"))
     return KDEPLoss(
         alignment, args.aligner, temperature=args.temperature, power=args.power, weight=args.weight, seed=args.seed
     )
@@ -211,25 +211,6 @@ def width_of(student: nn.Module) -> int:
     width = PooledFeatures(student.eval())(image).shape[1]
     student.train(training)
     return width
-
-
-def plot_alignment(alignment: Alignment, projected: Tensor, args: argparse.Namespace, file: Path) -> None:
-    """Singular values on the left; on the right each channel's spread before and after the scaling."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    values, spreads = figure.subplots(1, 2)
-    values.semilogy(alignment.singular_values.cpu())
-    values.axvline(alignment.dim - 0.5, color="grey", linestyle="--", label=f"the student's {alignment.dim} channels")
-    values.set(xlabel="component", ylabel="singular value")
-    scaled = power_temperature_scaling(projected, args.temperature, args.power)
-    for name, features in (("before", projected), ("after", scaled)):
-        deviation = features.std(dim=0).cpu()
-        ratio = deviation.max() / deviation.min().clamp_min(1e-12)
-        spreads.semilogy(deviation / deviation.max(), label=f"{name} scaling: largest / smallest = {ratio:.3g}")
-    spreads.set(xlabel="channel", ylabel="standard deviation / the largest")
-    for axes in (values, spreads):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(file, dpi=120)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

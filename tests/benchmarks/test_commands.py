@@ -5,14 +5,10 @@ import os
 import re
 import shlex
 import subprocess
-from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-
-import train_cifar
-from benchmarks.pretrain import kdep
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -61,15 +57,6 @@ def test_the_table_of_the_benchmarks_has_every_command_and_the_pages_it_names_ar
         if '__name__ == "__main__"' in file.read_text():
             runnable.add(".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__"))
     assert named == runnable
-
-
-@pytest.mark.parametrize("data_dir", [None, Path("data")])
-def test_the_teacher_of_kdep_is_trained_by_a_command_that_the_example_takes(tmp_path, data_dir):
-    _, script, *arguments = kdep.teacher_command(Namespace(data_dir=data_dir), tmp_path)
-    assert (ROOT / script).samefile(train_cifar.__file__)
-    args = train_cifar.parse_arguments(arguments)
-    assert (args.model, args.epochs, args.method, args.output_dir) == ("wrn_16_2", 4, "vanilla", tmp_path)
-    assert args.data_dir == (data_dir and data_dir.resolve())
 
 
 @pytest.mark.parametrize("arguments", [[], ["--data-dir", "data"], ["--tiny", "--data-dir", "data"]], ids=str)
