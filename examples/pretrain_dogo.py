@@ -55,7 +55,7 @@ def pretrain(args: argparse.Namespace, accelerator: Accelerator) -> None:
         some = (part.take(torch.arange(min(CURVE_IMAGES, len(part.labels)))) for part in parts)
         curve_loaders = [run.pixels(part) for part in some]
 
-        criterion = DoGoLoss(args.objective, weights=(args.weight, args.weight))
+        criterion = DoGoLoss(args.objective, weights=(args.weight, args.weight), temperature=args.temperature)
         set_seed(args.seed)  # the same initial weights in all processes ...
         networks = [build(name, args, accelerator) for name in args.models]
         set_seed(args.seed, device_specific=True)  # ... but views of their own
@@ -143,6 +143,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--models", nargs=2, default=["resnet8", "resnet20"], help="as --model of train_cifar.py; may differ")
     add("--method", choices=["dogo", "alone"], default="dogo", help="with or without the peer")
     add("--objective", choices=["simclr", "simsiam"], default="simclr")
+    add("--temperature", type=float, default=0.5, help="of simclr's similarities")
     add("--weight", type=float, default=100 / 256, help="of the mutual term; the authors' w is w / batch here")
     add("--epochs", type=options.positive, help="default 10 for digits, 200 for CIFAR")
     add("--batch-size", type=options.positive, help="global; default 128 for digits, 256 for CIFAR")

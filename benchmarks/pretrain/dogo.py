@@ -1,11 +1,13 @@
 """Does DoGo help: ResNet-8 and ResNet-20 pre-trained together or alone on CIFAR-10, then judged as frozen encoders.
 
-    python -m benchmarks.pretrain.dogo --data-dir DIR      # all cells, about half an hour on one core
+    python -m benchmarks.pretrain.dogo --data-dir DIR      # the cells of ten epochs, about 40 minutes on one core
+    python -m benchmarks.pretrain.dogo --data-dir DIR --epochs 50
     python -m benchmarks.pretrain.dogo --report            # the tables of docs/dogo.md from the cells that are there
 
-A cell is one method and one seed, and one JSON file; a cell that has its file is not run again. Both methods run
-examples/pretrain_dogo.py with one recipe: for one seed they share initial weights, order of the images and views, so
-that their difference is paired. The result is that of the last epoch.
+A cell is one method, one seed and one recipe, and one JSON file; a cell that has its file is not run again. All
+methods run examples/pretrain_dogo.py with one recipe: for one seed they share initial weights, order of the images and
+views, so that their difference is paired. "Colder" is a control: a network alone, its similarities at the temperature
+of the mutual term. The result is that of the last epoch.
 
 The encoders are judged on the whole test set by a nearest-neighbour vote and by a linear classifier: with all labels of
 the training images, with class-balanced tenths and hundredths of them, and with 40 % of them replaced by a wrong class.
@@ -28,7 +30,7 @@ from torch import Tensor
 from benchmarks.common.environment import environment
 from benchmarks.common.example import command_of, history_of, run_example
 from benchmarks.common.labels import few_labels, with_noise
-from benchmarks.common.paired import spread
+from benchmarks.common.paired import differences, spread
 from benchmarks.common.paths import DOCS, RESULTS
 from benchmarks.common.tables import markdown_table, page_with
 from examples.common.atomic_file import replace_text
@@ -47,12 +49,10 @@ RECIPE = {
     "--dataset": "cifar10",
     "--models": "resnet8 resnet20",
     "--limit": "10000",
-    "--epochs": "10",
     "--batch-size": "256",
-    "--image-size": "16",
     "--lr": "0.001",
 }
-METHODS = {"alone": "--method alone", "together": "--method dogo"}
+METHODS = {"alone": "--method alone", "colder": "--method alone --temperature 0.1", "together": "--method dogo"}
 MEASURES = {
     "knn": "nearest neighbours",
     "linear": "linear, all labels",
@@ -72,8 +72,8 @@ def main() -> None:
         CELLS.mkdir(parents=True, exist_ok=True)
         splits = load_splits(RECIPE["--dataset"], args.data_dir, int(RECIPE["--limit"]))
         for seed in range(args.seeds):  # seed by seed: whatever is there when a run ends is paired
-            for method in METHODS:
-                file = CELLS / f"{method}-seed{seed}.json"
+            for method in args.methods:
+                file = CELLS / f"{args.objective}-{args.image_size}px-{args.epochs}-{method}-seed{seed}.json"
                 if file.exists():
                     print(f"{file.name} is there")
                 else:
@@ -85,24 +85,26 @@ def main() -> None:
 
 def run_cell(method: str, seed: int, splits: Splits, args: argparse.Namespace) -> Cell:
     """Pre-train the pair by the example's command and judge both encoders."""
-    options = " ".join(f"{name} {value}" for name, value in RECIPE.items()) + f" {METHODS[method]}"
+    recipe = RECIPE | {"--objective": args.objective, "--image-size": args.image_size, "--epochs": args.epochs}
+    options = " ".join(f"{name} {value}" for name, value in recipe.items())
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pretrain([*options.split(), "--seed", str(seed), "--output-dir", str(folder / "run")], args)
+        own = [*options.split(), *METHODS[method].split()]
+        pretrain([*own, "--seed", str(seed), "--output-dir", str(folder / "run")], args)
         history = history_of(folder / "run")
         weights = torch.load(folder / "run" / "model.pt", weights_only=True)
     seconds = round(time.perf_counter() - start, 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scores = {}
     for name, model in encoders(weights).items():
-        train, test = (encoded(model.to(device), part.data, args.precision) for part in (splits.train, splits.test))
+        train, test = (encoded(model.to(device), part.data, args) for part in (splits.train, splits.test))
         scores[name] = judge(train, splits.train.data.labels, test, splits.test.data.labels, seed)
         print(method, seed, name, scores[name], flush=True)
     return {
         "method": method,
         "seed": seed,
-        "options": options,
+        "recipe": options,
         "precision": args.precision,
         "pretraining_seconds": seconds,
         "environment": environment(device),
@@ -130,14 +132,14 @@ def encoders(weights: dict[str, Tensor]) -> dict[str, TwoViewNetwork]:
 
 
 @torch.no_grad()
-def encoded(network: TwoViewNetwork, data: Labelled, precision: str) -> Tensor:
+def encoded(network: TwoViewNetwork, data: Labelled, args: argparse.Namespace) -> Tensor:
     """Return the features (N, dim), float32 on the CPU, of all images, not augmented."""
-    size, source = int(RECIPE["--image-size"]), SOURCES[RECIPE["--dataset"]]
+    source = SOURCES[RECIPE["--dataset"]]
     device = next(network.parameters()).device
     parts = []
     for pixels in data.pixels.split(int(RECIPE["--batch-size"])):
-        images = plain_view(pixels.to(device), size, source)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        images = plain_view(pixels.to(device), args.image_size, source)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             parts.append(network.features(images).float().cpu())
     return torch.cat(parts)
 
@@ -167,38 +169,47 @@ def read_cells() -> list[Cell]:
 
 
 def tables(cells: list[Cell]) -> str:
-    """Return one table per network, of the seeds that all methods have, and what can be said of it."""
-    by_method = {method: {cell["seed"]: cell for cell in cells if cell["method"] == method} for method in METHODS}
-    seeds = sorted(set.intersection(*(set(found) for found in by_method.values())))
-    if len(seeds) < 2:
-        return "Too few cells have been run."
-    parts = [facts(cells[-1], seeds)]
+    """Return the tables of each recipe."""
+    recipes = sorted({(cell["recipe"], cell["precision"]) for cell in cells}, key=lambda recipe: recipe[0].split())
+    alike = ([cell for cell in cells if (cell["recipe"], cell["precision"]) == recipe] for recipe in recipes)
+    return "\n\n".join(map(tables_of_recipe, alike)) or "No cells have been run."
+
+
+def tables_of_recipe(cells: list[Cell]) -> str:
+    """Return one table per network, and what was run."""
+    scores = {
+        method: {cell["seed"]: cell["scores"] for cell in cells if cell["method"] == method} for method in METHODS
+    }
+    there = [method for method in METHODS if scores[method]]
+    parts = [f"`pretrain_dogo.py {cells[0]['recipe']}`, precision {cells[0]['precision']}:"]
     for model in RECIPE["--models"].split():
-        heads = ["accuracy, %", *METHODS, "difference", "seeds with a gain"]
         rows = []
         for measure, label in MEASURES.items():
-            alone, together = (
-                [100 * by_method[method][seed]["scores"][model][measure] for seed in seeds] for method in METHODS
-            )
-            gains = [ours - theirs for ours, theirs in zip(together, alone, strict=True)]
-            won = f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
-            rows.append([label, spread(alone), spread(together), spread(gains, sign="+"), won])
-        parts.append(f"### {model}\n\n{markdown_table(heads, rows)}")
+            found = {
+                method: {seed: score[model][measure] for seed, score in scores[method].items()} for method in there
+            }
+            reached = [f"{spread([100 * value for value in found[method].values()])}" for method in there]
+            gains = [gain(found["together"], found[other]) for other in there[:-1]] if "together" in there else []
+            rows.append([label, *reached, *gains])
+        against = [f"together against {other}" for other in there[:-1]] if "together" in there else []
+        parts.append(f"### {model}\n\n{markdown_table(['accuracy, %', *there, *against], rows)}")
     return "\n\n".join(parts)
 
 
-def facts(cell: Cell, seeds: Sequence[int]) -> str:
-    recipe = " ".join(cell["options"].split()[:-2])  # all but the method
-    return (
-        f"Mean ± standard deviation over {len(seeds)} seeds; the difference is paired by seed. Recipe of both methods: "
-        f"`pretrain_dogo.py {recipe}`, precision {cell['precision']}."
-    )
+def gain(ours: dict[int, float], theirs: dict[int, float]) -> str:
+    """Return the mean difference in points, ± standard deviation, and how many seeds agree."""
+    paired = differences(ours, theirs)
+    return f"{spread(paired, sign='+')} ({sum(each > 0 for each in paired)} of {len(paired)})" if paired else ""
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, help="folder with CIFAR-10's Parquet files, in place of the Hub")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--image-size", type=int, default=16)
+    parser.add_argument("--objective", choices=["simclr", "simsiam"], default="simclr")
     parser.add_argument("--precision", choices=["no", "bf16"], default="bf16")
     parser.add_argument("--report", action="store_true", help="run nothing, write the page")
     return parser.parse_args()
