@@ -165,6 +165,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--smallest-crop must lie in (0, 1], got {args.smallest_crop}")
     if args.weight < 0:
         parser.error(f"--weight must be at least 0, got {args.weight}")
+    if not args.temperature > 0:
+        parser.error(f"--temperature must be above 0, got {args.temperature}")
     args.default_output_dir = Path("runs", f"dogo-{args.dataset}-{args.method}-seed{args.seed}")
     return args
 

@@ -2,9 +2,9 @@
 
 from argparse import Namespace
 
-import pretrain_dogo
 import pytest
 
+import pretrain_dogo
 from benchmarks.pretrain import dogo
 
 

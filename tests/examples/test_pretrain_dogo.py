@@ -1,6 +1,7 @@
 """Pre-training a pair writes what it promises, resumes bit for bit, and its views and judges are what they say."""
 
 import json
+from argparse import Namespace
 
 import accelerate
 import pytest
@@ -94,12 +95,13 @@ def test_encode_gives_features_of_plain_images_in_their_order(tmp_path):
 
 
 def test_the_benchmark_judges_the_encoders_that_the_run_has_left(undisturbed, monkeypatch):
-    recipe = {"--dataset": "digits", "--models": "resnet8 wrn_16_2", "--batch-size": "16", "--image-size": "8"}
+    recipe = {"--dataset": "digits", "--models": "resnet8 wrn_16_2", "--batch-size": "16"}
     monkeypatch.setattr(dogo, "RECIPE", recipe)
+    args = Namespace(image_size=8, precision="no")
     splits = load_splits("digits", None, limit=40)
     summary = json.loads((undisturbed / "summary.json").read_text())
     for place, network in zip(pretrain_dogo.NAMES, dogo.encoders(weights(undisturbed)).values(), strict=True):
-        train, test = (dogo.encoded(network, part.data, "no") for part in (splits.train, splits.test))
+        train, test = (dogo.encoded(network, part.data, args) for part in (splits.train, splits.test))
         judged = train, splits.train.data.labels, test, splits.test.data.labels
         assert knn_accuracy(*judged) == summary[f"{place}_knn_accuracy"]
         assert linear_accuracy(*judged, 10) == summary[f"{place}_linear_accuracy"]
@@ -120,7 +122,14 @@ def test_a_wrong_option_is_an_error_that_leaves_no_run_behind(tmp_path, argument
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--smallest-crop", "0"], ["--weight", "-1"], ["--models", "resnet8"], ["--data-dir", "."]]
+    "arguments",
+    [
+        ["--smallest-crop", "0"],
+        ["--weight", "-1"],
+        ["--temperature", "0"],
+        ["--models", "resnet8"],
+        ["--data-dir", "."],
+    ],
 )
 def test_arguments_out_of_range_print_the_usage(tmp_path, capsys, arguments):
     with pytest.raises(SystemExit):
