@@ -143,7 +143,7 @@ class SFRLoss(DropInLoss):
         if not terms:  # or the forward skipped the stages
             self._last = LossParts(label.detach().clone(), weight)  # loops that accumulate divide the loss in place
             return label
-        gate = label_term.gate(output, target)
+        gate = label_term.gate(output, target, terms.by_image.shape[1], self.maps)
         self._last = LossParts(label.detach(), weight, terms.detached(), gate)
         self.warnings.see_parts(self._last, self.step, self.config.feature_weight)
         return sum_of_parts(label, weight, terms.weighted(gate))

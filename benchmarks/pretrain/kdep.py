@@ -73,7 +73,8 @@ def run_cells(args: argparse.Namespace) -> None:
         return
     CELLS.mkdir(parents=True, exist_ok=True)
     images, _ = load_cifar(SETTINGS["pretrain_dataset"], args.data_dir, SETTINGS["pretrain_images"])
-    given = unlabelled(images, args.work_dir / "teacher-outputs.pt")
+    named = "-".join(str(SETTINGS[name]) for name in ("teacher", "teacher_size", "pretrain_dataset", "pretrain_images"))
+    given = unlabelled(images, args.work_dir / f"{named}.pt")
     draw(given)
     transfer = {name: both_parts(name, args.data_dir) for name in SETTINGS["labels_per_class"]}
     for arm, steps, seed in cells:

@@ -85,18 +85,8 @@ class Terms(Mapping[str, Term]):
         return self.by_image.detach().mean(dim=1) if self._distances is None else self._distances
 
     def weighted(self, weights: Tensor | None) -> Tensor:
-        """Return the terms of the images, each image's times its weight (B,), as they stand and not as shares, (P, B).
-
-        Where the features are of parts of the images, or of several in one, the weights are repeated, or averaged.
-        """
-        if weights is None:
-            return self.by_image
-        images = self.by_image.shape[1]
-        if len(weights) < images:
-            weights = weights.repeat_interleave(images // len(weights))
-        elif len(weights) > images:
-            weights = weights.view(images, -1).mean(dim=1)
-        return self.by_image * weights.to(self.by_image)
+        """Return the terms of the images, each times the weight (B,) of its image as it stands, no share, (P, B)."""
+        return self.by_image if weights is None else self.by_image * weights.to(self.by_image)
 
     def detached(self) -> Terms:
         """Return the terms without their autograd graph."""

@@ -41,3 +41,45 @@ def fitted(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     of_label, kept = of_label.nan_to_num(nan=0.0).where(kept, 0.0).reshape(len(kept), -1), kept.reshape(len(kept), -1)
     labels = kept.sum(dim=1)
     return (of_label.sum(dim=1) / labels.clamp_min(1)).where(labels > 0, 1.0)
+
+
+def image_by_image(logits: Tensor, target: Tensor, images: int, *, by_position: bool) -> tuple[Tensor, Tensor]:
+    """Bring predictions that lie in one row each, as of the tokens of several texts, back to the images they are of.
+
+    Args:
+        logits: shape (R, K, ...), R a multiple of the number of images; of any other number they stay as they are.
+        target: as in :func:`fitted`.
+        images: how many images, or texts, there are, B.
+        by_position: whether the rows are those of the first position of all images, then of the second, and so on; else
+            one image follows the other.
+
+    Returns:
+        Logits (B, K, R / B, ...), and the target likewise.
+    """
+    if not images or len(logits) <= images or len(logits) % images:
+        return logits, target
+
+    def grouped(rows: Tensor) -> Tensor:
+        if by_position:
+            return rows.unflatten(0, (-1, images)).transpose(0, 1)
+        return rows.unflatten(0, (images, -1))
+
+    of_images, target = grouped(logits).movedim(1, 2), grouped(target)
+    return of_images, target.movedim(1, 2) if target.ndim == of_images.ndim else target
+
+
+def of_all_images(weights: Tensor, images: int, *, folded: bool) -> Tensor:
+    """Return a weight for each of the images, (B,), from those of some rows of logits.
+
+    Args:
+        weights: shape (R,).
+        images: how many images the features are of, B.
+        folded: whether an image is one of B / R parts of what a row is of, as the frames of a video. Else fewer rows
+            are those of a part of the batch, as of the images that have a label: which part is not known, and all
+            images get the mean weight.
+    """
+    if len(weights) == images:
+        return weights
+    if folded and len(weights) and images % len(weights) == 0:
+        return weights.repeat_interleave(images // len(weights))
+    return weights.mean().expand(images)

@@ -10,10 +10,16 @@ from torch import Tensor
 
 from sfr.config import SFRConfig
 from sfr.labels.cross_entropy import cross_entropy
-from sfr.labels.fitted import fitted
+from sfr.labels.fitted import fitted, image_by_image, of_all_images
 from sfr.labels.smoothing import DynamicLabelSmoothing
 from sfr.labels.targets import check_logits, checked_target
+from sfr.model.maps import Maps
 from sfr.model.outputs import part_with_graph, the_logits
+
+NO_LOSS = (
+    ". A Hugging Face model computes its loss only if it is given the labels, which the Trainer keeps for its "
+    "compute_loss_func: there compute the loss from output.logits and the target"
+)
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,20 @@ class LabelTerm:
         loss = self.label_loss(output, target)
         if not isinstance(loss, Tensor) or loss.ndim:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"label_loss must return a 0-d tensor; got {got}")
+            raise ValueError(f"label_loss must return a 0-d tensor; got {got}{NO_LOSS if loss is None else ''}")
         return loss
 
-    def gate(self, output: Any, target: Any) -> Tensor | None:
-        """Return how far the labels of each image are fitted, (B,); None if the feature term counts in full."""
+    def gate(self, output: Any, target: Any, images: int, maps: Maps) -> Tensor | None:
+        """Return how far the labels of each image are fitted, (B,); None if the feature term counts in full.
+
+        Args:
+            output, target: as they were given to the criterion.
+            images: how many images the features are of.
+            maps: knows what the model has returned.
+        """
         if self.config.gate == "none" or self.label_loss is not None:
             return None
-        return fitted(the_logits(output), target, self.config.ignore_index)
+        given, by_position = the_logits(output), maps.lie_by_position(images)
+        logits, target = image_by_image(given, target, images, by_position=by_position)
+        weights = fitted(logits, target, self.config.ignore_index)
+        return of_all_images(weights, images, folded=maps.were_returned(len(given)))

@@ -8,20 +8,24 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from sfr.config import Layout
-from sfr.model.formats import Shaped
+from sfr.model.formats import Grid, Shaped
 
 
-def infer_layout(stage: nn.Module, feature: Shaped, layer: nn.Module | None = None) -> Layout:
+def infer_layout(stage: nn.Module, feature: Shaped, layer: nn.Module | None = None, grid: Grid | None = None) -> Layout:
     """Return the layout of a stage's output, from its shape and the layers of the stage.
 
-    An output with two axes is a vector. Otherwise the channels are the axis, second or last, whose length is the width
-    of the last convolution or linear layer. If both or neither fit, a stage with a convolution, or without layers that
-    work on the last axis (Linear, LayerNorm), has channels first; any other has tokens (three axes) or channels last.
+    An output with two axes is a vector. Right after a convolution the map of that one shows where the spatial axes are:
+    the width would not, of an output that joins what came in with what the convolution made of it (DenseNet). Otherwise
+    the channels are the axis, second or last, whose length is the width of the last convolution or linear layer. If
+    both or neither fit, or the last axis alone in a map of convolutions, a stage with a convolution, or without layers
+    that work on the last axis (Linear, LayerNorm), has channels first; any other has tokens (three axes) or channels
+    last.
 
     Args:
         stage: the submodule.
         feature: its output.
         layer: the last layer that ran before the output, if known; used if the stage has no layer itself.
+        grid: size of the map that `layer` returned, if known.
 
     Raises:
         ValueError: if the shape fits no layout.
@@ -34,19 +38,23 @@ def infer_layout(stage: nn.Module, feature: Shaped, layer: nn.Module | None = No
             "with up to three spatial axes; tap a submodule with such an output, with stages=[...]"
         )
     last_axis: Layout = "tokens" if feature.ndim == 3 else "channels_last"
+    if grid and isinstance(layer, _ConvNd):
+        first, last = tuple(feature.shape[2:]) == grid, tuple(feature.shape[1:-1]) == grid
+        if first != last:
+            return "channels_first" if first else last_axis
     layers: list[nn.Module] = [
         module for module in stage.modules() if isinstance(module, (_ConvNd, nn.Linear, nn.LayerNorm))
     ]
     if not layers and layer is not None:
         layers = [layer]
+    convolutional = any(isinstance(module, _ConvNd) for module in layers)
+    linear = any(isinstance(module, (nn.Linear, nn.LayerNorm)) for module in layers)
     wide = [module for module in (*layers, layer) if isinstance(module, (_ConvNd, nn.Linear))]
     if wide:
         width = wide[-1].out_channels if isinstance(wide[-1], _ConvNd) else wide[-1].out_features
         fits = feature.shape[1] == width, feature.shape[-1] == width
-        if fits[0] != fits[1]:
+        if fits[0] != fits[1] and (fits[0] or linear or feature.ndim == 3):
             return "channels_first" if fits[0] else last_axis
-    convolutional = any(isinstance(module, _ConvNd) for module in layers)
-    linear = any(isinstance(module, (nn.Linear, nn.LayerNorm)) for module in layers)
     return "channels_first" if convolutional or (feature.ndim > 3 and not linear) else last_axis
 
 
@@ -72,7 +80,7 @@ def check_batches(outputs: Mapping[str, tuple[tuple[int, ...], Layout]], batch: 
             raise ValueError(
                 f"stage {name!r} has shape {shape}, read as {layout!r} with a batch of {size}, but the logits have a "
                 f"batch of {batch}: tap a module whose output is for the whole batch, with stages=[...]. If the logits "
-                "were picked out of the batch, pass all of them, and let a loss of your own pick: "
+                "were picked out of several for each sample, pass all of them, and let a loss of your own pick: "
                 "label_loss=lambda logits, target: F.cross_entropy(logits[picked], target[picked])"
             )
     if len(set(sizes.values())) > 1:
@@ -80,6 +88,14 @@ def check_batches(outputs: Mapping[str, tuple[tuple[int, ...], Layout]], batch: 
             f"the stages have different batch sizes: {', '.join(f'{name!r} {size}' for name, size in sizes.items())}. "
             "Tap modules whose outputs are all for the whole batch, with stages=[...]"
         )
+
+
+def are_some_of(logits: Sequence[int], returned: Sequence[int] | None) -> bool:
+    """Whether logits of this shape are some of the rows that the model has returned, as of a batch partly labelled.
+
+    Logits with other trailing axes come from a head outside the model.
+    """
+    return returned is not None and logits[0] < returned[0] and tuple(logits[1:]) == tuple(returned[1:])
 
 
 def swapped_axes(shape: Sequence[int], batch: int, layout: Layout) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sfr.model.formats import View, as_map
 from sfr.model.graph import names_behind
-from sfr.model.layouts import check_batches
+from sfr.model.layouts import are_some_of, check_batches
 from sfr.model.reading import assumed_view
 from sfr.model.record import known_record
 
@@ -46,7 +46,11 @@ class Maps:
         Raises:
             ValueError: naming the stage, if its output cannot be read, or is not of the batch of the logits.
         """
-        self._check(features, None if logits is None else len(logits))
+        returned = known_record(self._model).recorder.output_shape
+        if logits is not None and returned is not None and are_some_of(logits.shape, returned):
+            self._check(features, returned[0])
+        else:
+            self._check(features, None if logits is None else len(logits))
         maps = self.of(features)
         if logits is None:
             return maps, []
@@ -74,6 +78,22 @@ class Maps:
         """Return the names of all stages, the shallowest first, also of those that a forward skipped."""
         order = known_record(self._model).recorder.order
         return order if set(names) <= set(order) else list(names)
+
+    def were_returned(self, rows: int) -> bool:
+        """Whether the model has returned so many rows of logits itself, as far as an eager forward has shown."""
+        returned = known_record(self._model).recorder.output_shape
+        return returned is not None and returned[0] == rows
+
+    def lie_by_position(self, images: int) -> bool:
+        """Whether predictions that were flattened lie position by position, and not image by image (or text by text).
+
+        So they do if the second axis of the model's output is the batch, and the first is not; if its shape does not
+        tell, then if that of the stages is.
+        """
+        shape = known_record(self._model).recorder.output_shape
+        if shape is not None and len(shape) > 2 and (shape[0] == images) != (shape[1] == images):
+            return shape[1] == images
+        return any(view.layout == "sequence_first" for view in self._views.values())
 
     def _check(self, features: Mapping[str, Tensor], batch: int | None) -> None:
         """Raise a ``ValueError`` unless all stages have one batch size that fits the logits, if theirs is known."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 # Where a model with several outputs keeps its logits: Hugging Face's ModelOutput, torchvision's segmentation models.
@@ -82,8 +83,8 @@ def tensors_in(output: Any) -> list[Tensor]:
 
 
 def features_in(output: Any) -> list[Tensor]:
-    """Return the floating-point tensors in a stage's output; the first is its feature."""
-    return [part for part in _parts(output) if _is_floating(part)]
+    """Return the floating-point tensors in a stage's output; the first is its feature. A packed sequence has none."""
+    return [] if _is_packed(output) else [part for part in _parts(output) if _is_floating(part)]
 
 
 def feature_of(name: str, output: Any) -> Tensor:
@@ -94,11 +95,26 @@ def feature_of(name: str, output: Any) -> Tensor:
     """
     features = features_in(output)
     if not features:
-        got = f"one of {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
+        if _is_packed(output):
+            raise TypeError(
+                f"stage {name!r} returns a packed sequence, in which the texts of a batch lie mixed; let a module of "
+                "yours hold the layer and unpack what it returns (torch.nn.utils.rnn.pad_packed_sequence), and name it"
+            )
         raise TypeError(
-            f"stage {name!r} returns no floating-point tensor but {got}; tap a submodule that does, with stages=[...]"
+            f"stage {name!r} returns no floating-point tensor but {_kind_of(output)}; tap a submodule that does, with "
+            "stages=[...]"
         )
     return features[0]
+
+
+def _is_packed(output: Any) -> bool:
+    return any(isinstance(part, PackedSequence) for part in (output, *_parts(output)))
+
+
+def _kind_of(output: Any) -> str:
+    if not isinstance(output, Tensor):
+        return type(output).__name__
+    return "a nested one" if output.is_nested else f"one of {output.dtype}"
 
 
 def named_parts(output: Any) -> dict[Any, Any]:
@@ -122,7 +138,8 @@ def _parts(output: Any) -> list[Any]:
 
 
 def _is_floating(part: Any) -> bool:
-    return isinstance(part, Tensor) and part.is_floating_point()
+    """Whether it is a floating-point tensor that has a shape, as nested ones have not."""
+    return isinstance(part, Tensor) and part.is_floating_point() and not part.is_nested
 
 
 def _is_sequence_of_one(output: Any) -> bool:

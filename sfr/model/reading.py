@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from sfr.config import Layout
 from sfr.model.formats import Grid, View, cells, spatial_shape, token_grid
@@ -55,6 +56,10 @@ class Reader:
         """Return a sighting with view and cells, and what is wrong with it; none if it is not of the whole batch."""
         if not self._batches and sighting.is_layer and sighting.ndim > 1:
             self._batches = [sighting.shape[0]]
+        if isinstance(
+            sighting.module, _ConvNd
+        ):  # the first axis of what it returns is a batch, or some multiple of one
+            self._batches.sort(key=lambda batch: batch != sighting.shape[0])
         try:
             axis = self._batch_axis(sighting)
             view, cells = (None, 0) if axis is None else self._view(sighting, axis)
@@ -81,7 +86,9 @@ class Reader:
         return view, cells(shape) - view.prefix
 
     def _inferred(self, sighting: Sighting, batch_axis: int) -> Layout:
-        return "sequence_first" if batch_axis else infer_layout(sighting.module, sighting, self._layer)
+        if batch_axis:
+            return "sequence_first"
+        return infer_layout(sighting.module, sighting, self._layer, self._maps[-1] if self._maps else None)
 
     def _note_map(self, sighting: Sighting, grid: Grid) -> None:
         if sighting.is_layer and cells(grid) > 1:

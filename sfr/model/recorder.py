@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sfr.model.graph import computed_from
-from sfr.model.outputs import feature_of, tensors_in
+from sfr.model.outputs import feature_of, logits_in, tensors_in
 from sfr.warn import warn_user
 
 # Training forwards in a row whose features nobody used, before a warning says so.
@@ -51,6 +51,7 @@ class Recorder:
         self.unused: list[Any] = []  # nodes of the autograd graph, or of a compiled forward the tensors
         self._let_go = False  # whether features were let go of because nobody could use them any more
         self._without_gradient: dict[str, bool] = {}
+        self.output_shape: tuple[int, ...] | None = None  # of the model's logits, where an eager forward has shown them
         self.order: list[str] = []  # the stages from the shallowest on, as far as forwards have shown
         self._recorded = False  # whether there is a forward to use, maybe one that skipped all stages
         self._recording = False
@@ -94,7 +95,7 @@ class Recorder:
             self._witness_of_unused, self._witness = self._witness, None
         else:
             self.unused = list(self.features.values())
-        self.features = {}
+        self.features, self.output_shape = {}, None
         self._recording, self._recorded, self._watched = True, False, False
         self._without_gradient = {}
 
@@ -154,6 +155,8 @@ class Recorder:
 
     def _end_with(self, output: Any) -> None:
         """Let go of the features, or later of their nodes, as soon as the nodes that made the output are gone."""
+        logits = logits_in(output)
+        self.output_shape = None if logits is None else tuple(logits.shape)
         nodes = {tensor.grad_fn for tensor in tensors_in(output) if tensor.grad_fn is not None}
         if not nodes:
             return

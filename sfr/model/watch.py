@@ -76,7 +76,8 @@ class _Watcher:
             self._calls[name] += 1
             features = features_in(output)
             if features and features[0].ndim:
-                self._note(name, module, features[0], sole=len(features) == 1)
+                # Of a recurrent layer it is known that its first output is its feature.
+                self._note(name, module, features[0], sole=len(features) == 1 or isinstance(module, nn.RNNBase))
             elif self._candidates:
                 self._candidates.leave_out(name)
 
@@ -121,7 +122,7 @@ def batches_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[int]:
     several lengths.
     """
     arguments = (*args, *kwargs.values())
-    found = (each for argument in arguments for each in _tensors_in(argument) if each[0].ndim)
+    found = (each for argument in arguments for each in _tensors_in(argument) if not each[0].is_nested and each[0].ndim)
     tensor, around = next(found, (None, ()))
     return [] if tensor is None else list(dict.fromkeys([len(tensor), *around]))
 

@@ -71,6 +71,7 @@ class Report:
         sfr: time and memory of a step of the wrapped model with :class:`sfr.SFRLoss`.
         labels: which labels the loss is of.
         gated: whether the feature term of an image counts only as far as its labels are fitted.
+        own_loss: whether the label term is a loss of the user's own, of any scale.
         notes: what is not shown or left out, and why.
     """
 
@@ -81,6 +82,7 @@ class Report:
     plain: StepCost
     sfr: StepCost
     gated: bool = False
+    own_loss: bool = False
     labels: str = "on random labels"
     notes: tuple[str, ...] = ()
 
@@ -108,7 +110,7 @@ class Report:
                 "",
                 _table(("shallow", "supervised by", "nodes", "channels", "plans"), pairs),
                 "",
-                *(_terms(self.loss, self.labels, gated=self.gated) if self.loss else []),
+                *(self._terms(self.loss) if self.loss else []),
                 f"solver: {self.solver}",
                 f"step:   {times[0] * 1e3:.1f} ms plain, {times[1] * 1e3:.1f} ms with SFR ({self.time_ratio:.2f}x, "
                 f"medians of {len(self.plain.seconds)}, forward and backward)",
@@ -117,6 +119,16 @@ class Report:
                 *(f"note:   {note}" for note in self.notes),
             ]
         )
+
+    def _terms(self, loss: LossParts) -> list[str]:
+        """Return the lines on the terms of the loss."""
+        parts = loss.as_dict()
+        terms = f"{parts['label']:.3g} label + {loss.weight:g} x {parts['feature']:.3g} feature"
+        lines = [
+            f"loss:   {terms} (share {parts['share']:.1%}), {self.labels}",
+            f"        {effect_of(parts['share'], parts['label'], own_loss=self.own_loss)}",
+        ]
+        return [*lines, GATED] if self.gated else lines
 
 
 class Criterion(Protocol):
@@ -168,6 +180,9 @@ def report(criterion: Criterion, *example_input: Any, target: Any = None, repeat
     args, kwargs = forward_arguments(model, example_input)
 
     with unchanged(model):
+        if record.views is None:
+            model(*args, **kwargs)  # the first forward finds the stages, and may be past one when it does
+            record.recorder.excuse()
         output = model(*args, **kwargs)
         logits = logits_in(output)
         if logits is None:
@@ -176,14 +191,18 @@ def report(criterion: Criterion, *example_input: Any, target: Any = None, repeat
         twin = criterion.twin(criterion.label_loss if shows_loss else _mean_of)
         twin.labels.sync = False
         labels = "on random labels" if target is None else "on the given target"
+        features = record.take_features(logits if shows_loss else _mean_of(output))
+        stages, pairs = _describe(twin, features)
+        given: Callable[[Any], Any] = _mean_of
+        if shows_loss:
+            given = _flattened if target is None and _classes_are_last(logits, features, twin.maps) else _as_it_is
         if target is None and shows_loss:
+            logits = given(logits)
             target = torch.randint(logits.shape[1], (len(logits), *logits.shape[2:])).to(logits.device)
         numbers = _some_numbers(twin.config.num_samples, logits)
-        stages, pairs = _describe(twin, record.take_features(logits if shows_loss else _mean_of(output)))
 
         def step() -> None:
-            output = model(*args, **kwargs)
-            twin(output if shows_loss else _mean_of(output), target, index=numbers).backward()
+            twin(given(model(*args, **kwargs)), target, index=numbers).backward()
 
         def plain_step() -> None:
             with record.disable():
@@ -197,12 +216,31 @@ def report(criterion: Criterion, *example_input: Any, target: Any = None, repeat
     gated = criterion.config.gate != "none" and criterion.label_loss is None
     notes = [] if shows_loss else [NO_CLASSES]
     notes += [f"left out: {stage}" for stage in record.left_out]
-    return Report(stages, pairs, loss, solver, costs["plain"], costs["sfr"], gated, labels, tuple(notes))
+    own = criterion.label_loss is not None
+    return Report(stages, pairs, loss, solver, costs["plain"], costs["sfr"], gated, own, labels, tuple(notes))
 
 
 def _is_of_classes(logits: Tensor) -> bool:
     """Whether random labels can be drawn: of fewer than two axes, or one column, there are none."""
     return logits.ndim > 1 and logits.shape[1] > 1
+
+
+def _classes_are_last(logits: Tensor, features: Mapping[str, Tensor], maps: Maps) -> bool:
+    """Whether logits have three axes and the classes on the last: as tokens of the same number have their channels."""
+    layouts = {name: maps.view_of(name, feature).layout for name, feature in features.items()}
+    tokens = [feature for name, feature in features.items() if layouts[name] in ("tokens", "sequence_first")]
+    return logits.ndim == 3 and any(feature.shape[:2] == logits.shape[:2] for feature in tokens)
+
+
+def _flattened(output: Any) -> Tensor:
+    """Return the logits in an output, (B, N, K), with one row for each position, as such a loss takes them."""
+    logits = logits_in(output)
+    assert logits is not None
+    return logits.flatten(0, 1)
+
+
+def _as_it_is(output: Any) -> Any:
+    return output
 
 
 def _some_numbers(num_samples: int | None, logits: Tensor) -> Tensor | None:
@@ -232,27 +270,21 @@ def _mean_of(output: Any, _: Any = None) -> Tensor:
     return torch.stack([leaf.float().mean() for leaf in leaves]).mean()
 
 
-def _terms(loss: LossParts, labels: str, *, gated: bool) -> list[str]:
-    """Return the lines of the report on the terms of a loss."""
-    parts = loss.as_dict()
-    terms = f"{parts['label']:.3g} label + {loss.weight:g} x {parts['feature']:.3g} feature"
-    lines = [
-        f"loss:   {terms} (share {parts['share']:.1%}), {labels}",
-        f"        {effect_of(parts['share'], parts['label'])}",
-    ]
-    return [*lines, GATED] if gated else lines
-
-
-def effect_of(share: float, label: float) -> str:
+def effect_of(share: float, label: float, *, own_loss: bool = False) -> str:
     """Return what a feature term of this share in a loss with this label term will do."""
-    if share > STRONG_SHARE and label < FITTED:
+    if share > STRONG_SHARE and label < FITTED and not own_loss:
         return "The labels are fitted: what is left of the loss is the feature term."
     if share > LARGE_SHARE:
-        return "The feature term outweighs the labels: the network may not learn them. Lower feature_weight=."
+        rest = "your loss" if own_loss else "the labels"
+        return f"The feature term outweighs {rest}, which the network may not learn. Lower feature_weight=."
     if share > STRONG_SHARE:
         return "A strong regularizer: compare with plain training, or lower feature_weight=."
-    if share > WEAK_SHARE:
+    if share > WEAK_SHARE and not own_loss:
         return "A mild regularizer: the labels lead, and the feature term counts more as they are fitted."
+    if share > WEAK_SHARE:
+        return "A mild regularizer: your loss leads."
+    if own_loss:
+        return "Next to no effect at first: the weight is zero, the stages are alike, or your loss is much larger."
     return "Next to no effect at first: the weight is zero or the stages are alike, and it grows as they part."
 
 

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sfr
-from sfr.feature.results import Terms
-from sfr.labels.fitted import fitted
+from sfr.labels.fitted import fitted, of_all_images
 
 IGNORED = -100
 
@@ -125,13 +124,103 @@ def test_beside_a_loss_of_ones_own_and_with_none_the_term_counts_in_full() -> No
     assert features[2] < features[1]
 
 
-@pytest.mark.parametrize(("weights", "expected"), [(2, [0.5, 0.5, 1.0, 1.0]), (8, [0.75, 0.25, 1.0, 0.0])])
-def test_images_in_parts_or_several_in_one_share_their_weights(weights: int, expected: list[float]) -> None:
-    values = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    given = torch.tensor([0.5, 1.0]) if weights == 2 else torch.tensor([1, 0.5, 0.5, 0, 1, 1, 0, 0])
-    terms = Terms(["pair"], values[None], torch.ones(1, 4, dtype=torch.bool))
-    torch.testing.assert_close(terms.weighted(given), (values * torch.tensor(expected))[None])
-    assert torch.equal(terms.weighted(None), values[None])
+def test_frames_share_the_weight_of_their_video_and_all_images_the_mean_of_those_with_a_label() -> None:
+    weights = torch.tensor([0.5, 1.0])
+    assert of_all_images(weights, 2, folded=False) is weights
+    assert of_all_images(weights, 6, folded=True).tolist() == [0.5, 0.5, 0.5, 1.0, 1.0, 1.0]
+    assert of_all_images(weights, 6, folded=False).tolist() == [0.75] * 6
+    assert of_all_images(weights, 5, folded=True).tolist() == [0.75] * 5
+
+
+def test_a_model_of_videos_counts_each_by_its_own_label() -> None:
+    """Three frames of each of two videos; the second is fitted."""
+
+    class Videos(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frames = net(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+            self.head = nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            each = self.frames(x.flatten(0, 1)).view(*x.shape[:2], -1).mean(dim=1)
+            return self.head(each) + torch.tensor([[0.0], [40.0]]) * F.one_hot(torch.tensor([1, 2]), 5)
+
+    model = sfr.SFRWrapper(Videos(), stages=["frames.1", "frames.3"])
+    criterion = sfr.SFRLoss(model)
+    videos = torch.randn(2, 3, 3, 16, 16, requires_grad=True)
+    logits, target = model(videos), torch.tensor([1, 2])
+    feature = criterion(logits, target) - F.cross_entropy(logits, target)
+    first, second = torch.autograd.grad(feature, videos)[0].flatten(1).norm(dim=1)
+    assert first < 0.2 * second
+
+
+class Tagger(nn.Module):
+    """Recurrent layers whose batch is the second axis, or the first."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.LSTM(16, 16, batch_first=batch_first) for _ in range(3))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)[0]
+        return self.head(x)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "soft"])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("length", [7, 4], ids=["longer", "as long as the batch"])
+def test_flattened_predictions_count_for_the_text_they_are_of(batch_first: bool, length: int, soft: bool) -> None:
+    """One text of four is fitted, and most labels are to be ignored: as with the axes as they were."""
+    model = sfr.SFRWrapper(Tagger(batch_first))
+    texts = torch.randn(4, length, 16)
+    target = torch.randint(5, (4, length))
+    one_hot = F.one_hot(target, 5).float()
+    target[1, 1:], target[2] = IGNORED, IGNORED
+    found = []
+    for flat in (True, False):
+        criterion = sfr.SFRLoss(model)
+        given = texts.clone().requires_grad_()
+        if batch_first:
+            logits = model(given) + 20 * one_hot * torch.tensor([1, 0, 0, 0])[:, None, None]
+            labels = one_hot if soft else target
+        else:
+            logits = model(given.transpose(0, 1)) + 20 * one_hot.transpose(0, 1) * torch.tensor([1, 0, 0, 0])[:, None]
+            labels = (one_hot if soft else target).transpose(0, 1)
+        if flat:
+            loss = criterion(logits.reshape(-1, 5), labels.reshape(-1, 5) if soft else labels.reshape(-1))
+        elif batch_first:
+            loss = criterion(logits.movedim(2, 1), labels.movedim(2, 1) if soft else labels)
+        else:
+            labels = labels.transpose(0, 1)
+            loss = criterion(logits.permute(1, 2, 0), labels.movedim(2, 1) if soft else labels)
+        found.append((criterion.last.feature, loss.detach(), *torch.autograd.grad(loss, given)))
+    for flat_one, other in zip(*found, strict=True):
+        torch.testing.assert_close(flat_one, other)
+
+
+@pytest.mark.parametrize("picked", [slice(0, 3), slice(1, 3), [4, 0, 1, 2, 3]], ids=str)
+def test_where_some_images_have_a_label_all_count_as_far_as_these_are_fitted(picked: Any) -> None:
+    images, target = data()
+    model = sfr.SFRWrapper(net())
+    criterion, ungated = sfr.SFRLoss(model), sfr.SFRLoss(model, gate="none")
+    ungated(model(images), target)
+    logits = model(images)
+    criterion(logits[picked], target[picked])
+    mean = fitted(logits[picked], target[picked], IGNORED).mean()
+    torch.testing.assert_close(criterion.last.feature, mean * ungated.last.feature)
+
+
+def test_a_head_outside_the_model_may_have_fewer_rows_than_the_model_returned() -> None:
+    """Two frames of each of three videos in one batch, which the head averages."""
+    images, target = data()
+    backbone = sfr.SFRWrapper(net(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())))
+    head = nn.Linear(16, 5)
+    loss = sfr.SFRLoss(backbone)(head(backbone(images).view(3, 2, 16).mean(dim=1)), target[:3])
+    loss.backward()
+    assert loss.isfinite()
 
 
 def segmenter() -> nn.Module:

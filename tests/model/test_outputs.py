@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
 
 import sfr
@@ -111,3 +112,49 @@ def test_stages_training_and_report_are_those_of_the_model_that_returns_its_logi
     assert model.sfr.stage_names == ("net.1", "net.3", "net.5")
     torch.testing.assert_close(criterion.last.label, expected.detach())
     assert "on random labels" in str(model.report(batch[0], repeats=1))
+
+
+class Ragged(nn.Module):
+    """Layers whose outputs are nested, or packed, and a mean of each text."""
+
+    def __init__(self, recurrent=False):
+        super().__init__()
+        self.first = nn.GRU(8, 16, batch_first=True) if recurrent else nn.Linear(8, 16)
+        self.second, self.third, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        if isinstance(self.first, nn.GRU):
+            x = pad_packed_sequence(self.first(x)[0], batch_first=True)[0].mean(dim=1)
+        else:
+            x = torch.stack([each.mean(dim=0) for each in self.first(x).relu().unbind()])
+        return self.head(self.third(self.second(x).relu()).relu())
+
+
+TEXTS = [torch.randn(5, 8), torch.randn(3, 8)]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+def test_nested_tensors_go_through_a_model_and_cannot_be_stages(layout):
+    texts = torch.nested.nested_tensor(TEXTS, layout=layout)
+    model = sfr.SFRWrapper(Ragged())
+    criterion = sfr.SFRLoss(model)
+    for _ in range(2):
+        criterion(model(texts), torch.tensor([0, 1])).backward()
+    assert "first" not in model.sfr.stage_names
+    assert criterion.last.feature > 0
+    model.unwrap()
+    with pytest.raises(TypeError, match="stage 'first' returns no floating-point tensor but a nested one"):
+        sfr.SFRWrapper(model, stages=["first", "second"])(texts)
+
+
+def test_a_packed_sequence_as_a_stage_is_an_error_that_says_how_to_unpack_it():
+    packed = pack_sequence(TEXTS)
+    model = sfr.SFRWrapper(Ragged(recurrent=True))
+    criterion = sfr.SFRLoss(model)
+    for _ in range(2):
+        criterion(model(packed), torch.tensor([0, 1])).backward()
+    assert criterion.last.feature > 0
+    model.unwrap()
+    with pytest.raises(TypeError, match=r"stage 'first' returns a packed sequence.*pad_packed_sequence"):
+        sfr.SFRWrapper(model, stages=["first", "second"])(packed)

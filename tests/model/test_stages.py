@@ -142,6 +142,17 @@ def test_a_bad_pair_is_an_error(pair, message):
         resolve_pairs([pair], ["a", "b", "c"])
 
 
+class Dense(nn.Module):
+    """Joins what came in with what a convolution makes of it."""
+
+    def __init__(self, convolution):
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, x):
+        return torch.cat([x, self.convolution(x)], dim=1)
+
+
 @pytest.mark.parametrize(
     ("stage", "shape", "layout"),
     [
@@ -149,6 +160,7 @@ def test_a_bad_pair_is_an_error(pair, message):
         (nn.Sequential(nn.Linear(3, 8), nn.Conv1d(8, 8, 1)), (2, 4, 8), "tokens"),
         (nn.Sequential(nn.LayerNorm(8), nn.Conv2d(3, 8, 1)), (2, 8, 4, 8), "channels_first"),
         (nn.Conv2d(3, 8, 1), (2, 8, 4, 4), "channels_first"),
+        (Dense(nn.Conv2d(16, 8, 1)), (2, 24, 8, 8), "channels_first"),
         (nn.ReLU(), (2, 8, 4, 4), "channels_first"),
         (nn.Conv1d(3, 8, 1), (2, 8, 4), "channels_first"),
         (nn.Linear(3, 8), (2, 4, 8), "tokens"),
@@ -158,6 +170,61 @@ def test_a_bad_pair_is_an_error(pair, message):
 )
 def test_the_layout_follows_from_axes_and_kind(stage, shape, layout):
     assert infer_layout(stage, torch.zeros(shape)) == layout
+
+
+CONVOLUTIONS = {1: (nn.Conv1d, nn.MaxPool1d), 2: (nn.Conv2d, nn.MaxPool2d), 3: (nn.Conv3d, nn.MaxPool3d)}
+
+
+@pytest.mark.parametrize("axes", CONVOLUTIONS)
+def test_joined_maps_have_channels_first_though_they_are_as_wide_as_the_convolution_is(axes):
+    convolution, pool = CONVOLUTIONS[axes]
+    net = nn.Sequential(
+        Dense(convolution(3, 8, 3, padding=1)),
+        pool(2),
+        Dense(convolution(11, 8, 3, padding=1)),
+        pool(2),
+        nn.Flatten(),
+        nn.Linear(19 * 4**axes, 5),
+    )
+    model = sfr.SFRWrapper(net, example_input=torch.randn(2, 3, *[16] * axes))
+    views = model._sfr.views
+    assert {"0", "2"} <= set(views)
+    assert {view.layout for view in views.values()} == {"channels_first"}
+
+
+def test_a_convolution_whose_channels_were_put_last_has_them_last():
+    class Last(nn.Module):
+        def __init__(self, channels, width):
+            super().__init__()
+            self.convolution = nn.Conv2d(channels, width, 3, 2, 1)
+
+        def forward(self, x):
+            return self.convolution(x.movedim(3, 1)).movedim(1, 3)
+
+    net = nn.Sequential(Last(3, 6), Last(6, 12), nn.Flatten(), nn.Linear(4 * 4 * 12, 5))
+    model = sfr.SFRWrapper(net, stages=["0", "1"], example_input=torch.randn(2, 16, 16, 3))
+    assert {view.layout for view in model._sfr.views.values()} == {"channels_last"}
+
+
+@pytest.mark.parametrize("width", [16, 12])
+def test_a_convolution_shows_the_batch_where_the_logits_begin_with_the_time(width):
+    """As in speech or text recognition: convolutions, recurrent layers, logits (T, B, K), here of 16 time steps."""
+
+    class Recogniser(nn.Module):
+        def __init__(self):
+            super().__init__()
+            first, second = nn.Conv1d(5, width, 3, 2, 1), nn.Conv1d(width, width, 3, 1, 1)
+            self.convolutions = nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
+            self.recurrent = nn.GRU(width, 9)
+            self.head = nn.Linear(9, 7)
+
+        def forward(self, x):
+            return self.head(self.recurrent(self.convolutions(x).permute(2, 0, 1))[0]).log_softmax(-1)
+
+    model = sfr.SFRWrapper(Recogniser(), example_input=torch.randn(4, 5, 32))
+    layouts = {name: view.layout for name, view in model._sfr.views.items()}
+    assert layouts.pop("recurrent") == "sequence_first"
+    assert set(layouts.values()) == {"channels_first"}
 
 
 def test_a_stage_of_unknown_layout_is_named():

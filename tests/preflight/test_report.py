@@ -1,6 +1,7 @@
 """The preflight report tells what will be done, and leaves nothing behind."""
 
 import copy
+import math
 import re
 
 import pytest
@@ -356,3 +357,37 @@ def test_labels_given_to_the_report_as_if_to_the_model_are_named(make_net, batch
     criterion = sfr.SFRLoss(sfr.SFRWrapper(make_net()))
     with pytest.raises(TypeError, match=r"criterion\.report\(x, target=y\)"):
         criterion.report(*batch)
+
+
+class LanguageModel(nn.Module):
+    """Logits (B, T, K) of 30 tokens, from layers whose batch is the first or the second axis."""
+
+    def __init__(self, batch_first):
+        super().__init__()
+        self.embedding = nn.Embedding(30, 16)
+        self.layers = nn.ModuleList(nn.GRU(16, 16, batch_first=batch_first) for _ in range(3))
+        self.head = nn.Linear(16, 30)
+
+    def forward(self, x):
+        x = self.embedding(x)
+        for layer in self.layers:
+            x = layer(x)[0]
+        return self.head(x)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_model_of_tokens_is_reported_with_a_label_at_each_position(batch_first):
+    report = sfr.SFRLoss(sfr.SFRWrapper(LanguageModel(batch_first))).report(torch.randint(30, (4, 6)), repeats=1)
+    assert report.loss.label == pytest.approx(math.log(30), rel=0.1)  # of six classes, as T would be, it is 1.8
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_of_a_loss_of_ones_own_the_report_does_not_say_that_labels_are_fitted(reduction):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(), nn.Flatten(1))
+    criterion = sfr.SFRLoss(sfr.SFRWrapper(net, stages=["0", "2"]), label_loss=nn.MSELoss(reduction=reduction))
+    x = torch.rand(4, 3, 16, 16)
+    with torch.no_grad():
+        target = net(x) * 1.01 if reduction == "mean" else net(x) + 100
+    text = str(criterion.report(x, target=target, repeats=1))
+    assert "labels" not in text
+    assert ("outweighs your loss" if reduction == "mean" else "your loss is much larger") in text

@@ -184,3 +184,43 @@ def test_merged_adapters_give_the_plain_model(order, batch):
     merged = sfr.unwrap(merged)
     assert type(merged) is transformers.ViTForImageClassification
     torch.testing.assert_close(merged(pixel_values=batch[0]).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+TEXTS = datasets.Dataset.from_dict(
+    {"input_ids": [[k % 20] * 9 for k in range(24)], "labels": [[k % 20] * 9 for k in range(24)]}
+)
+
+
+def language_model():
+    config = transformers.GPT2Config(vocab_size=20, n_positions=16, n_embd=16, n_layer=4, n_head=2)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def test_a_language_model_trains_with_its_loss_from_the_logits(tmp_path):
+    """The recipe of docs/guide/loops.md; without sfr's part it is the Trainer's own loss."""
+    model = sfr.SFRWrapper(language_model())
+    criterion = sfr.SFRLoss(model)
+
+    def of_next_tokens(output, labels, num_items_in_batch=None):
+        logits = output.logits[:, :-1].flatten(0, 1)
+        return criterion(logits, labels[:, 1:].flatten(), num_items_in_batch=num_items_in_batch)
+
+    args = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, gradient_accumulation_steps=2, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    transformers.Trainer(model, args, train_dataset=TEXTS, compute_loss_func=of_next_tokens).train()
+    assert criterion.step == 3
+    assert criterion.last.feature > 0
+
+    ids = torch.tensor(TEXTS["input_ids"])[:4]
+    with torch.no_grad():
+        output = model.eval()(ids, labels=ids)
+        torch.testing.assert_close(of_next_tokens(output, ids), output.loss)
+
+
+def test_a_loss_that_the_model_has_not_computed_is_an_error_that_tells_of_the_trainer(tmp_path):
+    model = sfr.SFRWrapper(language_model())
+    criterion = sfr.SFRLoss(model, label_loss=lambda output, _: output.loss)
+    args = transformers.TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
+    with pytest.raises(ValueError, match=r"got NoneType\. A Hugging Face model .* from output\.logits"):
+        transformers.Trainer(model, args, train_dataset=TEXTS, compute_loss_func=criterion).train()
