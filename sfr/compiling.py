@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -27,3 +28,8 @@ def eager(function: Function) -> Function:
         return disabled(*args, **kwargs)  # runs eagerly by design: not with fullgraph=True
 
     return call  # type: ignore[return-value]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module was compiled, in place or as the inner one of what ``torch.compile`` returns."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules

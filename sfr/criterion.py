@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sfr.arguments import check_label_loss, configuration, width_of
 from sfr.config import SFRConfig, Switches
 from sfr.drop_in import DropInLoss
+from sfr.feature.pairs import resolve_pairs
 from sfr.feature.results import NONE, Pair, Terms
 from sfr.feature.term import feature_terms, matched_pairs
 from sfr.labels.smoothing import DynamicLabelSmoothing
@@ -150,17 +151,28 @@ class SFRLoss(DropInLoss):
 
     def _terms_of_step(self, features: Mapping[str, Tensor], logits: Tensor) -> Terms:
         maps, joining = self.maps.of_step(features, logits if self.label_loss is None else None)
-        terms = feature_terms(maps, order=self.maps.order(maps), joining=joining, **self.config.of_terms())
+        order = self.maps.order(maps)
+        terms = feature_terms(maps, order=order, joining=joining, **self.config.of_terms() | self._pairs(order))
         self.warnings.see_terms(terms, self.step)
         return terms
 
     def terms_of(self, features: Mapping[str, Tensor]) -> Terms:
         """Return the feature term of every pair, of features as ``model.sfr.take_features`` gives them."""
-        return feature_terms(self.maps.of(features), order=self.maps.order(features), **self.config.of_terms())
+        order = self.maps.order(features)
+        return feature_terms(self.maps.of(features), order=order, **self.config.of_terms() | self._pairs(order))
 
     def pairs_of(self, features: Mapping[str, Tensor]) -> Iterator[Pair]:
         """Yield what the transport of each pair is between, of features as ``model.sfr.take_features`` gives them."""
-        return matched_pairs(self.maps.of(features), order=self.maps.order(features), **self.config.of_pairs())
+        order = self.maps.order(features)
+        return matched_pairs(self.maps.of(features), order=order, **self.config.of_pairs() | self._pairs(order))
+
+    def _pairs(self, order: Sequence[str]) -> dict[str, Any]:
+        """Return the pairs of stages, as stated or, unless stages were named, those on one path through the model."""
+        stated, apart = self.config.pairs, known_record(self._model).apart
+        if not isinstance(stated, str) or not apart:
+            return {"pairs": stated}
+        pairs = [(order[i], order[j]) for i, j in resolve_pairs(stated, order)]
+        return {"pairs": [pair for pair in pairs if frozenset(pair) not in apart] or stated}
 
     def end_epoch(self) -> None:
         """Take over the class means of the epoch, with ``update="epoch"``; else nothing is to be done."""

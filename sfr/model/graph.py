@@ -39,6 +39,21 @@ def graph_behind(node: Any, ends: Container[Any] = ()) -> Iterator[Any]:
                 waiting.extend(parent for parent, _ in node.next_functions)
 
 
+def on_other_branches(nodes: Mapping[str, Any]) -> frozenset[frozenset[str]]:
+    """Return the pairs of names whose later node was not computed from the earlier one; none of a name without a node.
+
+    If that is so of all pairs, it is because no gradient passes between the parts of the model, and there is none.
+
+    Args:
+        nodes: autograd nodes by name, in the order in which they were made; None of what has no graph.
+    """
+    apart, seen = set(), [(name, node) for name, node in nodes.items() if node is not None]
+    for i, (name, node) in enumerate(seen):
+        behind = set(graph_behind(node))
+        apart |= {frozenset((name, other)) for other, its in seen[:i] if its not in behind}
+    return frozenset(apart if len(apart) < len(seen) * (len(seen) - 1) // 2 else ())
+
+
 def names_behind(logits: Tensor, features: Mapping[str, Tensor]) -> list[str]:
     """Return the names of the features that get a gradient from that of the logits, as far as the graph shows.
 

@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sfr.compiling import eager
+from sfr.compiling import eager, is_compiled
 from sfr.config import SFRConfig
 from sfr.model.agreement import first_found
 from sfr.model.choose import choose, single_cells
 from sfr.model.formats import View
+from sfr.model.graph import on_other_branches
 from sfr.model.joining import Joining
 from sfr.model.kinds import ancestors
 from sfr.model.messages import JOINED, NO_FEATURES, OTHER_SETTINGS, TRANSFORMED
@@ -48,6 +49,7 @@ class Record:
         self.stage_names: tuple[str, ...] | None = None
         self.views: dict[str, View] | None = None
         self.left_out: tuple[str, ...] = ()
+        self.apart: frozenset[frozenset[str]] = frozenset()  # pairs of stages that were found on different branches
         self.disabled = False
         self.joining = Joining()
         self._watches = 0
@@ -86,7 +88,7 @@ class Record:
             shallow: whether it has the very parts of the original, with the taps of that and of its other copies.
         """
         record = Record(self.settings, self.config, self.in_eval)
-        record.views, record.left_out = self.views, self.left_out
+        record.views, record.left_out, record.apart = self.views, self.left_out, self.apart
         stages = {name: model.get_submodule(name) for name in self.stage_names or ()}
         for stage in () if shallow else stages.values():  # copies of the taps serve nobody
             for key, hook in list(stage._forward_hooks.items()):
@@ -207,6 +209,7 @@ class Record:
         if self.stage_names is None:
             self.tap({name: model.get_submodule(name) for name in names})
             self.left_out = single_cells(trace)
+            self.apart = on_other_branches({each.name: each.node for each in trace.sightings if each.name in views})
         self.views = (self.views or {}) | views
         self._watches += 1
         return {name: trace.outputs[name] for name in names if name in trace.outputs}
@@ -233,7 +236,7 @@ class Record:
         if called:
             return any(name in ancestors(part) for part in called)
         around = (modules[outer] for outer in ("", name, *ancestors(name)) if outer in modules)
-        return not self.recorder.has_fired(name) and any(map(_is_compiled, around))
+        return not self.recorder.has_fired(name) and any(map(is_compiled, around))
 
     def take_features(self, logits: Tensor) -> dict[str, Tensor]:
         """Hand over the features of the last training forward, in forward order, and forget them.
@@ -292,8 +295,3 @@ def wrapped_in(model: object) -> nn.Module:
         names = ", ".join(repr(name) for name in found)
         raise ValueError(f"{type(model).__name__} holds several wrapped models, {names}: pass one of them")
     return next(iter(found.values()))
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether a module was compiled, in place or as the inner one of what ``torch.compile`` returns."""
-    return module._compiled_call_impl is not None or "_orig_mod" in module._modules

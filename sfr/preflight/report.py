@@ -216,6 +216,9 @@ def report(criterion: Criterion, *example_input: Any, target: Any = None, repeat
     gated = criterion.config.gate != "none" and criterion.label_loss is None
     notes = [] if shows_loss else [NO_CLASSES]
     notes += [f"left out: {stage}" for stage in record.left_out]
+    if record.apart and isinstance(criterion.config.pairs, str):
+        apart = ", ".join(sorted(" and ".join(sorted(pair)) for pair in record.apart))
+        notes.append(f"left out: pairs of stages on different branches of the model: {apart}")
     own = criterion.label_loss is not None
     return Report(stages, pairs, loss, solver, costs["plain"], costs["sfr"], gated, own, labels, tuple(notes))
 

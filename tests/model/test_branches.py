@@ -1,0 +1,83 @@
+"""Of stages that the model finds itself only those on one path through it supervise each other."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import sfr
+
+
+class Towers(nn.Module):
+    """Two towers, whose outputs meet in the scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.user, self.item = (nn.Sequential(nn.Linear(width, 16), nn.ReLU(), nn.Linear(16, 8)) for width in (5, 6))
+
+    def forward(self, user, item):
+        return self.user(user) @ self.item(item).T
+
+
+class Autoencoder(nn.Module):
+    """Mean and logarithm of the variance come from one encoding."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.mean, self.variance = nn.Linear(5, 16), nn.Linear(16, 8), nn.Linear(16, 8)
+        self.decoder, self.last = nn.Linear(8, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.encoder(x).relu()
+        mean, variance = self.mean(x), self.variance(x)
+        return self.last(self.decoder(mean + variance.exp()).relu())
+
+
+BRANCHES = {
+    "towers": (Towers, 2, {"user.1 <- user", "item.1 <- item"}),
+    "autoencoder": (
+        Autoencoder,
+        1,
+        {"encoder <- mean", "encoder <- variance", "encoder <- decoder", "mean <- decoder", "variance <- decoder"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_stages_on_different_branches_do_not_supervise_each_other_unless_they_are_named(name):
+    build, inputs, expected = BRANCHES[name]
+    x = [torch.randn(4, width) for width in (5, 6)[:inputs]]
+    model = sfr.SFRWrapper(build())
+    criterion = sfr.SFRLoss(model, label_loss=lambda output, _: output.square().mean())
+    for _ in range(2):
+        criterion(model(*x), None).backward()
+    assert set(criterion.last.pairs) == expected
+    assert "left out: pairs of stages on different branches" in str(criterion.report(*x, repeats=1))
+    twin = copy.deepcopy(model)
+    criterion = sfr.SFRLoss(twin, label_loss=lambda output, _: output.square().mean())
+    criterion(twin(*x), None).backward()
+    assert set(criterion.last.pairs) == expected
+    stages = model.sfr.stage_names
+    model = sfr.SFRWrapper(model.unwrap(), stages=list(stages))
+    criterion = sfr.SFRLoss(model, label_loss=lambda output, _: output.square().mean())
+    criterion(model(*x), None).backward()
+    assert len(criterion.last.pairs) == len(stages) * (len(stages) - 1) // 2
+
+
+def test_if_no_two_stages_are_on_one_path_all_supervise_each_other():
+    """As where a network lets no gradient pass from one part of it to the next."""
+
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(5, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            first = self.first(x).relu()
+            return self.head(self.second(first.detach()).relu() + first)
+
+    model = sfr.SFRWrapper(Parts())
+    criterion = sfr.SFRLoss(model)
+    criterion(model(torch.randn(4, 5)), torch.arange(4) % 3).backward()
+    assert list(criterion.last.pairs) == ["first <- second"]
