@@ -297,6 +297,35 @@ def test_an_encoder_that_runs_twice_is_an_error_whose_advice_works(net, batch):
     assert criterion.last.feature > 0
 
 
+def test_a_body_without_gradient_is_named_as_the_reason_for_too_few_stages(net, batch):
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = net[:-1], net[-1]
+
+        def forward(self, x):
+            with torch.no_grad():
+                x = self.body(x)
+            return self.head(x)
+
+    with pytest.raises(ValueError, match=r"module\(s\) ran without gradient, as 'body\.0'.*torch\.no_grad\(\)"):
+        sfr.SFRWrapper(Frozen())(batch[0])
+
+
+def test_a_dropout_that_is_used_twice_is_not_the_reason_for_too_few_stages():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.drop, self.head = nn.Linear(8, 16), nn.Dropout(0.1), nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.head(self.drop(self.first(self.drop(x)).relu()))
+
+    with pytest.raises(ValueError, match=r"two are needed\. Name at least two") as raised:
+        sfr.SFRWrapper(Net())(torch.randn(4, 8))
+    assert "drop" not in str(raised.value)
+
+
 def test_the_root_is_no_stage(net):
     with pytest.raises(ValueError, match="the model has no stage ''"):
         sfr.SFRWrapper(net, stages=["1", ""])

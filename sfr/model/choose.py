@@ -231,7 +231,13 @@ def _why_few(trace: Trace) -> str:
     if trace.sightings and len(others) == len(trace.sightings):
         name, shape = others[0].name, others[0].shape
         return f": no output has the batch, {trace.batch}, as its first axis: {name!r} has shape {shape}"
-    repeated = [name for name, count in trace.calls.items() if count > 1]
+    if trace.without_gradient:
+        return (
+            f": {len(trace.without_gradient)} module(s) ran without gradient, as {trace.without_gradient[0]!r}, and "
+            "what runs under torch.no_grad() cannot be a stage, nor would it learn as one"
+        )
+    weighty = {sighting.name for sighting in trace.sightings if any(True for _ in sighting.module.parameters())}
+    repeated = [name for name, count in trace.calls.items() if count > 1 and name in weighty]
     if repeated:
         return (
             f": {len(repeated)} module(s) ran more than once in the forward, as {repeated[0]!r}, and a stage has "

@@ -68,6 +68,7 @@ class Trace:
         logits_shape, logits_node: shape of the logits, and the autograd node that made them; None if there are none.
         batch: what the batch seems to be by the input; None if that shows none.
         layout: the layout of the stages, as the user stated it.
+        without_gradient: names of the submodules that ran under ``torch.no_grad()`` where the model did not.
         outputs: the outputs that are still there, by the name of their module.
         model: name of the model's class, for messages.
     """
@@ -79,5 +80,6 @@ class Trace:
     logits_node: Any = None
     batch: int | None = None
     layout: Layout = "auto"
+    without_gradient: tuple[str, ...] = ()
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
     model: str = "the model"

@@ -65,6 +65,7 @@ class _Watcher:
         self._sightings: list[Sighting] = []
         self._outputs: dict[str, TensorWeakRef] = {}
         self._calls: Counter[str] = Counter()
+        self._without_gradient: dict[str, bool] = {}
 
     def hook(self, name: str) -> Callable[..., None]:
         """Return the forward hook of a module."""
@@ -72,6 +73,7 @@ class _Watcher:
         def see(module: nn.Module, _: Any, output: Any) -> None:
             # Without the gradient of the rest, inside reentrant checkpointing, an output is no use as a feature.
             if torch.is_grad_enabled() != self._gradient:
+                self._without_gradient[name] = True
                 return
             self._calls[name] += 1
             features = features_in(output)
@@ -110,6 +112,7 @@ class _Watcher:
             logits_node=None if logits is None else logits.grad_fn,
             batch=next(iter(self._batches), None),
             layout=self._settings.layout,
+            without_gradient=tuple(self._without_gradient) if self._gradient else (),
             outputs={name: feature for name, feature in outputs.items() if feature is not None},
             model=type(self._model).__name__,
         )

@@ -216,6 +216,9 @@ def report(criterion: Criterion, *example_input: Any, target: Any = None, repeat
     gated = criterion.config.gate != "none" and criterion.label_loss is None
     notes = [] if shows_loss else [NO_CLASSES]
     notes += [f"left out: {stage}" for stage in record.left_out]
+    notes += [
+        f"stage {name!r} did not run in this forward" for name in record.stage_names or () if name not in features
+    ]
     if record.apart and isinstance(criterion.config.pairs, str):
         apart = ", ".join(sorted(" and ".join(sorted(pair)) for pair in record.apart))
         notes.append(f"left out: pairs of stages on different branches of the model: {apart}")

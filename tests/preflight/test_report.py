@@ -391,3 +391,17 @@ def test_of_a_loss_of_ones_own_the_report_does_not_say_that_labels_are_fitted(re
     text = str(criterion.report(x, target=target, repeats=1))
     assert "labels" not in text
     assert ("outweighs your loss" if reduction == "mean" else "your loss is much larger") in text
+
+
+def test_a_named_stage_that_did_not_run_is_noted():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.layers[1](self.layers[0](x).relu()).relu())
+
+    model = sfr.SFRWrapper(Net(), stages=r"layers\.[0-2]")
+    assert "note:   stage 'layers.2' did not run in this forward" in str(sfr.SFRLoss(model).report(torch.randn(4, 8)))
