@@ -90,12 +90,22 @@ def check_batches(outputs: Mapping[str, tuple[tuple[int, ...], Layout]], batch: 
         )
 
 
-def are_some_of(logits: Sequence[int], returned: Sequence[int] | None) -> bool:
-    """Whether logits of this shape are some of the rows that the model has returned, as of a batch partly labelled.
+def batch_by(logits: Sequence[int], returned: Sequence[int] | None) -> int | None:
+    """Return the batch that the stages should have by logits of this shape; None if that cannot be told.
 
-    Logits with other trailing axes come from a head outside the model.
+    Args:
+        logits: shape of what the criterion was given.
+        returned: shape of the logits that the model has returned, if known. The others may be some of its rows, as of a
+            batch that is partly labelled, or some of its positions, as of the masked tokens of a text. Logits with
+            other trailing axes come from a head outside the model.
     """
-    return returned is not None and logits[0] < returned[0] and tuple(logits[1:]) == tuple(returned[1:])
+    if returned is None:
+        return logits[0]
+    if tuple(logits[1:]) == tuple(returned[1:]) and logits[0] < returned[0]:
+        return returned[0]
+    if len(returned) > 2 and tuple(logits[1:]) == tuple(returned[-1:]) and logits[0] % returned[0]:
+        return None
+    return logits[0]
 
 
 def swapped_axes(shape: Sequence[int], batch: int, layout: Layout) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sfr.model.formats import View, as_map
 from sfr.model.graph import names_behind
-from sfr.model.layouts import are_some_of, check_batches
+from sfr.model.layouts import batch_by, check_batches
 from sfr.model.reading import assumed_view
 from sfr.model.record import known_record
 
@@ -47,10 +47,7 @@ class Maps:
             ValueError: naming the stage, if its output cannot be read, or is not of the batch of the logits.
         """
         returned = known_record(self._model).recorder.output_shape
-        if logits is not None and returned is not None and are_some_of(logits.shape, returned):
-            self._check(features, returned[0])
-        else:
-            self._check(features, None if logits is None else len(logits))
+        self._check(features, None if logits is None else batch_by(logits.shape, returned))
         maps = self.of(features)
         if logits is None:
             return maps, []

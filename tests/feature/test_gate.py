@@ -213,6 +213,22 @@ def test_where_some_images_have_a_label_all_count_as_far_as_these_are_fitted(pic
     torch.testing.assert_close(criterion.last.feature, mean * ungated.last.feature)
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_where_some_tokens_have_a_label_all_texts_count_as_far_as_these_are_fitted(batch_first: bool) -> None:
+    """As of masked tokens; there are 10, no multiple of the four texts."""
+    model = sfr.SFRWrapper(Tagger(batch_first))
+    criterion, ungated = sfr.SFRLoss(model), sfr.SFRLoss(model, gate="none")
+    texts = torch.randn(4, 7, 16) if batch_first else torch.randn(7, 4, 16)
+    picked = (torch.arange(28) % 3 == 0).view(texts.shape[:2])
+    target = torch.randint(5, texts.shape[:2])
+    found = []
+    for each in (ungated, criterion):
+        logits = model(texts)[picked]
+        each(logits, target[picked])
+        found.append(each.last.feature)
+    torch.testing.assert_close(found[1], fitted(logits, target[picked], IGNORED).mean() * found[0])
+
+
 def test_a_head_outside_the_model_may_have_fewer_rows_than_the_model_returned() -> None:
     """Two frames of each of three videos in one batch, which the head averages."""
     images, target = data()
