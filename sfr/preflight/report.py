@@ -15,7 +15,7 @@ from sfr.feature.results import Pair
 from sfr.model.arguments import forward_arguments
 from sfr.model.maps import Maps
 from sfr.model.outputs import logits_in
-from sfr.model.record import known_record
+from sfr.model.record import Record, known_record
 from sfr.model.unchanged import unchanged
 from sfr.parts import LossParts
 from sfr.preflight.cost import StepCost, compare_steps
@@ -209,17 +209,20 @@ def report(criterion: Criterion, *example_input: Any, target: Any = None, repeat
     if solver == "auto":
         solver = f"auto ({default_solver(logits.device)} on {logits.device.type})"
     loss = replace(twin.last, weight=Ramp.of(twin.config.feature_weight).largest) if shows_loss else None
-    gated = criterion.config.gate != "none" and criterion.label_loss is None
-    notes = [] if shows_loss else [NO_CLASSES]
-    notes += [f"left out: {stage}" for stage in record.left_out]
-    notes += [
-        f"stage {name!r} did not run in this forward" for name in record.stage_names or () if name not in features
-    ]
+    gated, own = criterion.config.gate != "none" and criterion.label_loss is None, criterion.label_loss is not None
+    notes = ([] if shows_loss else [NO_CLASSES]) + _left_out(criterion, record, features)
+    return Report(stages, pairs, loss, solver, costs["plain"], costs["sfr"], gated, own, labels, tuple(notes))
+
+
+def _left_out(criterion: Criterion, record: Record, features: Mapping[str, Tensor]) -> list[str]:
+    """Return notes on the stages and pairs that have no part in it."""
+    notes = [f"left out: {stage}" for stage in record.left_out]
+    silent = [name for name in record.stage_names or () if name not in features]
+    notes += [f"stage {name!r} did not run in this forward" for name in silent]
     if record.apart and isinstance(criterion.config.pairs, str):
         apart = ", ".join(sorted(" and ".join(sorted(pair)) for pair in record.apart))
         notes.append(f"left out: pairs of stages on different branches of the model: {apart}")
-    own = criterion.label_loss is not None
-    return Report(stages, pairs, loss, solver, costs["plain"], costs["sfr"], gated, own, labels, tuple(notes))
+    return notes
 
 
 def _is_of_classes(logits: Tensor) -> bool:
