@@ -139,7 +139,7 @@ class SFRWrapper(nn.Module):
             (B, N, C), "sequence_first" (N, B, C) or "vector" (B, C); "auto" infers it from their shape and the layers.
         prefix_tokens: tokens in front of a sequence that are no local features (class, distillation, register tokens)
             and are dropped, >= 0; "auto" counts those beyond the map that the sequence comes from.
-        example_input: arguments for one forward in evaluation mode without gradient: a tensor, a tuple of
+        example_input: arguments for one forward in evaluation mode: a tensor, a tuple of
             positional or a dict of keyword arguments.
         record_in_eval: also record forwards in evaluation mode that have a gradient, for training with frozen batch
             normalisation; a validation loss then needs ``criterion.eval()`` or ``torch.no_grad()``.

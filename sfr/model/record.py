@@ -182,11 +182,11 @@ class Record:
         return output
 
     def _watch_evaluation(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Watch a forward in evaluation mode and without gradient, and leave the modes unchanged."""
+        """Watch a forward in evaluation mode, with the graph that a training forward has; leave the modes unchanged."""
         modes = [(module, module.training) for module in model.modules()]
         try:
             model.eval()
-            with torch.no_grad():
+            with self.disable(), torch.enable_grad():
                 _, trace = watch(model, args, kwargs, self.settings, named=self.stage_names or ())
         finally:
             for module, mode in modes:

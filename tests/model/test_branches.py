@@ -45,6 +45,16 @@ BRANCHES = {
 
 
 @pytest.mark.parametrize("name", BRANCHES)
+def test_an_example_input_gives_the_pairs_of_the_first_training_forward(name):
+    build, inputs, expected = BRANCHES[name]
+    x = [torch.randn(4, width) for width in (5, 6)[:inputs]]
+    model = sfr.SFRWrapper(build(), example_input=tuple(x))
+    criterion = sfr.SFRLoss(model, label_loss=lambda output, _: output.square().mean())
+    criterion(model(*x), None).backward()
+    assert set(criterion.last.pairs) == expected
+
+
+@pytest.mark.parametrize("name", BRANCHES)
 def test_stages_on_different_branches_do_not_supervise_each_other_unless_they_are_named(name):
     build, inputs, expected = BRANCHES[name]
     x = [torch.randn(4, width) for width in (5, 6)[:inputs]]
