@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 from typing import Any
 
 import pytest
@@ -275,3 +276,16 @@ def test_statistics_begun_in_inference_mode_go_on_outside(update):
         criterion(logits, target)
     expected(logits, target)
     assert criterion(logits, target) == expected(logits, target)
+
+
+def test_a_wrapped_model_that_was_pickled_before_there_were_branches_trains_on(make_net, batch):
+    model = sfr.SFRWrapper(make_net())
+    criterion = sfr.SFRLoss(model)
+    criterion(model(batch[0]), batch[1]).backward()
+    for owner, names in ((model._sfr, ("apart", "returned")), (model._sfr.recorder, ("output_shape",))):
+        for name in names:
+            vars(owner).pop(name, None)
+    model, criterion = pickle.loads(pickle.dumps((model, criterion)))
+    criterion(model(batch[0]), batch[1]).backward()
+    assert criterion.last.feature > 0
+    assert criterion.report(batch[0], repeats=1).pairs

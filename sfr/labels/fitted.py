@@ -47,7 +47,7 @@ def image_by_image(logits: Tensor, target: Tensor, images: int, *, by_position: 
     """Bring predictions that lie in one row each, as of the tokens of several texts, back to the images they are of.
 
     Args:
-        logits: shape (R, K, ...), R a multiple of the number of images; of any other number they stay as they are.
+        logits: shape (R, K, ...), R a multiple of the number of images.
         target: as in :func:`fitted`.
         images: how many images, or texts, there are, B.
         by_position: whether the rows are those of the first position of all images, then of the second, and so on; else
@@ -56,8 +56,6 @@ def image_by_image(logits: Tensor, target: Tensor, images: int, *, by_position: 
     Returns:
         Logits (B, K, R / B, ...), and the target likewise.
     """
-    if not images or len(logits) <= images or len(logits) % images:
-        return logits, target
 
     def grouped(rows: Tensor) -> Tensor:
         if by_position:
@@ -69,17 +67,14 @@ def image_by_image(logits: Tensor, target: Tensor, images: int, *, by_position: 
 
 
 def of_all_images(weights: Tensor, images: int, *, folded: bool) -> Tensor:
-    """Return a weight for each of the images, (B,), from those of some rows of logits.
+    """Return a weight for each of the images, (B,), from those of fewer or other rows of logits.
 
     Args:
         weights: shape (R,).
         images: how many images the features are of, B.
-        folded: whether an image is one of B / R parts of what a row is of, as the frames of a video. Else fewer rows
-            are those of a part of the batch, as of the images that have a label: which part is not known, and all
-            images get the mean weight.
+        folded: whether each row is of B / R images, as of the frames of a video. Else it is not known which images they
+            are of, as where some have a label, and all get the mean weight.
     """
-    if len(weights) == images:
-        return weights
     if folded and len(weights) and images % len(weights) == 0:
         return weights.repeat_interleave(images // len(weights))
     return weights.mean().expand(images)

@@ -83,7 +83,12 @@ class LabelTerm:
         """
         if self.config.gate == "none" or self.label_loss is not None:
             return None
-        given, by_position = the_logits(output), maps.lie_by_position(images)
-        logits, target = image_by_image(given, target, images, by_position=by_position)
+        logits = the_logits(output)
+        rows = maps.rows(logits.shape, images)
+        if rows == "grouped":
+            by_position = maps.lie_by_position(images)
+            logits, target = image_by_image(logits, target, images, by_position=by_position)
         weights = fitted(logits, target, self.config.ignore_index)
-        return of_all_images(weights, images, folded=maps.were_returned(len(given)))
+        if rows in ("one each", "grouped"):
+            return weights
+        return of_all_images(weights, images, folded=rows == "folded")

@@ -27,6 +27,11 @@ class View:
     prefix: int = 0
     grid: Grid = ()
 
+    @property
+    def batch_axis(self) -> int:
+        """Which axis of the output is the batch."""
+        return int(self.layout == "sequence_first")
+
 
 class Shaped(Protocol):
     """A tensor, or what is known of one."""

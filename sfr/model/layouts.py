@@ -39,9 +39,10 @@ def infer_layout(stage: nn.Module, feature: Shaped, layer: nn.Module | None = No
         )
     last_axis: Layout = "tokens" if feature.ndim == 3 else "channels_last"
     if grid and isinstance(layer, _ConvNd):
-        first, last = tuple(feature.shape[2:]) == grid, tuple(feature.shape[1:-1]) == grid
-        if first != last:
-            return "channels_first" if first else last_axis
+        joined = tuple(feature.shape[2:]) == grid and feature.shape[1] >= layer.out_channels
+        permuted = tuple(feature.shape[1:-1]) == grid and feature.shape[-1] == layer.out_channels
+        if joined != permuted:
+            return "channels_first" if joined else last_axis
     layers: list[nn.Module] = [
         module for module in stage.modules() if isinstance(module, (_ConvNd, nn.Linear, nn.LayerNorm))
     ]
@@ -88,24 +89,6 @@ def check_batches(outputs: Mapping[str, tuple[tuple[int, ...], Layout]], batch: 
             f"the stages have different batch sizes: {', '.join(f'{name!r} {size}' for name, size in sizes.items())}. "
             "Tap modules whose outputs are all for the whole batch, with stages=[...]"
         )
-
-
-def batch_by(logits: Sequence[int], returned: Sequence[int] | None) -> int | None:
-    """Return the batch that the stages should have by logits of this shape; None if that cannot be told.
-
-    Args:
-        logits: shape of what the criterion was given.
-        returned: shape of the logits that the model has returned, if known. The others may be some of its rows, as of a
-            batch that is partly labelled, or some of its positions, as of the masked tokens of a text. Logits with
-            other trailing axes come from a head outside the model.
-    """
-    if returned is None:
-        return logits[0]
-    if tuple(logits[1:]) == tuple(returned[1:]) and logits[0] < returned[0]:
-        return returned[0]
-    if len(returned) > 2 and tuple(logits[1:]) == tuple(returned[-1:]) and logits[0] % returned[0]:
-        return None
-    return logits[0]
 
 
 def swapped_axes(shape: Sequence[int], batch: int, layout: Layout) -> str:

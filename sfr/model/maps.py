@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from sfr.model.formats import View, as_map
 from sfr.model.graph import names_behind
-from sfr.model.layouts import batch_by, check_batches
+from sfr.model.layouts import check_batches
 from sfr.model.reading import assumed_view
 from sfr.model.record import known_record
+from sfr.model.rows import Returned, Rows, rows_of
 
 
 class Maps:
@@ -19,6 +20,8 @@ class Maps:
     Args:
         model: the wrapped model.
     """
+
+    _by_position: bool | None = None  # of flattened predictions, as the last forward that told has shown
 
     def __init__(self, model: nn.Module) -> None:
         # Past nn.Module's own __setattr__ wherever this is kept: it does not own the model.
@@ -46,8 +49,7 @@ class Maps:
         Raises:
             ValueError: naming the stage, if its output cannot be read, or is not of the batch of the logits.
         """
-        returned = known_record(self._model).recorder.output_shape
-        self._check(features, None if logits is None else batch_by(logits.shape, returned))
+        self._check(features, None if logits is None else logits.shape)
         maps = self.of(features)
         if logits is None:
             return maps, []
@@ -76,23 +78,36 @@ class Maps:
         order = known_record(self._model).recorder.order
         return order if set(names) <= set(order) else list(names)
 
-    def were_returned(self, rows: int) -> bool:
-        """Whether the model has returned so many rows of logits itself, as far as an eager forward has shown."""
-        returned = known_record(self._model).recorder.output_shape
-        return returned is not None and returned[0] == rows
+    def rows(self, logits: Sequence[int], images: int) -> Rows:
+        """Return how the rows of logits of this shape belong to the images, see :func:`sfr.model.rows.rows_of`."""
+        record = known_record(self._model)
+        if record.recorder.output_shape is not None or record.returned is None:
+            return rows_of(logits, images, record.recorder.output_shape)
+        return rows_of(logits, images, record.returned.of(images), lengths=False)  # of a compiled forward
 
     def lie_by_position(self, images: int) -> bool:
         """Whether predictions that were flattened lie position by position, and not image by image (or text by text).
 
-        So they do if the second axis of the model's output is the batch, and the first is not; if its shape does not
-        tell, then if that of the stages is.
+        So they do if the batch is the second axis of the model's output. If no forward has shown that, they do if it is
+        not the first one of its input.
         """
-        shape = known_record(self._model).recorder.output_shape
-        if shape is not None and len(shape) > 2 and (shape[0] == images) != (shape[1] == images):
-            return shape[1] == images
-        return any(view.layout == "sequence_first" for view in self._views.values())
+        record = known_record(self._model)
+        shape, seen = record.recorder.output_shape, record.returned
+        found = None if shape is None else Returned(shape, images).has_batch_second()
+        if found is None:
+            found = self._by_position
+        if found is None and seen is not None:
+            found = seen.has_batch_second()
+            if found is None and len(seen.shape) == 2 and seen.inputs is not None:
+                sequences = any(view.layout == "sequence_first" for view in self._views.values())
+                found = sequences and seen.inputs != seen.images
+        self._by_position = found
+        return bool(found)
 
-    def _check(self, features: Mapping[str, Tensor], batch: int | None) -> None:
-        """Raise a ``ValueError`` unless all stages have one batch size that fits the logits, if theirs is known."""
+    def _check(self, features: Mapping[str, Tensor], logits: Sequence[int] | None) -> None:
+        """Raise a ``ValueError`` unless all stages have one batch size that fits the logits, if they are all there."""
         views = {name: self.view_of(name, feature) for name, feature in features.items()}
+        sizes = [feature.shape[views[name].batch_axis] for name, feature in features.items()]
+        partly = logits is not None and bool(sizes) and self.rows(logits, sizes[0]) == "some"
+        batch = None if logits is None or partly else logits[0]
         check_batches({name: (tuple(features[name].shape), view.layout) for name, view in views.items()}, batch)

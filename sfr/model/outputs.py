@@ -108,7 +108,7 @@ def feature_of(name: str, output: Any) -> Tensor:
 
 
 def _is_packed(output: Any) -> bool:
-    return any(isinstance(part, PackedSequence) for part in (output, *_parts(output)))
+    return any(type(part) is PackedSequence for part in (output, *_parts(output)))
 
 
 def _kind_of(output: Any) -> str:

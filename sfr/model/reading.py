@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -12,6 +12,7 @@ from sfr.config import Layout
 from sfr.model.formats import Grid, View, cells, spatial_shape, token_grid
 from sfr.model.kinds import holds_sequence_first, is_batch_first
 from sfr.model.layouts import infer_layout, swapped_axes
+from sfr.model.rows import Returned
 from sfr.model.settings import StageSettings
 from sfr.model.trace import Sighting, Trace
 
@@ -173,6 +174,14 @@ def views_of(trace: Trace, names: Iterable[str]) -> dict[str, View]:
         if sighting.problem:
             raise ValueError(f"stage {name!r} {sighting.problem}")
     return {name: sighting.view for name, sighting in seen.items() if sighting.view}
+
+
+def seen_logits(trace: Trace, views: Mapping[str, View]) -> Returned | None:
+    """Return what a forward has shown of the logits beside the stages; None if there were none of either."""
+    sizes = [each.shape[views[each.name].batch_axis] for each in trace.sightings if each.name in views]
+    if not sizes or not sizes[0] or not trace.logits_shape:
+        return None
+    return Returned(trace.logits_shape, sizes[0], trace.batch)
 
 
 def assumed_view(stage: nn.Module, feature: Tensor, settings: StageSettings) -> View:

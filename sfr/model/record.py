@@ -19,8 +19,9 @@ from sfr.model.graph import on_other_branches
 from sfr.model.joining import Joining
 from sfr.model.kinds import ancestors
 from sfr.model.messages import JOINED, NO_FEATURES, OTHER_SETTINGS, TRANSFORMED
-from sfr.model.reading import views_of
+from sfr.model.reading import seen_logits, views_of
 from sfr.model.recorder import NEVER_FIRED_UNTIL_WARNING, WHY_SILENT, Recorder, Tap
+from sfr.model.rows import Returned
 from sfr.model.settings import StageSettings
 from sfr.model.stages import find_stages
 from sfr.model.tied import settle
@@ -42,6 +43,9 @@ class Record:
         in_eval: whether to record forwards in evaluation mode, too, if they are with gradient.
     """
 
+    apart: frozenset[frozenset[str]] = frozenset()  # pairs of stages that were found on different branches
+    returned: Returned | None = None  # what a watched forward has shown of the logits
+
     def __init__(self, settings: StageSettings, config: SFRConfig, in_eval: bool = False) -> None:
         self.settings, self.config = settings, config
         self.in_eval = in_eval
@@ -49,7 +53,6 @@ class Record:
         self.stage_names: tuple[str, ...] | None = None
         self.views: dict[str, View] | None = None
         self.left_out: tuple[str, ...] = ()
-        self.apart: frozenset[frozenset[str]] = frozenset()  # pairs of stages that were found on different branches
         self.disabled = False
         self.joining = Joining()
         self._watches = 0
@@ -88,7 +91,8 @@ class Record:
             shallow: whether it has the very parts of the original, with the taps of that and of its other copies.
         """
         record = Record(self.settings, self.config, self.in_eval)
-        record.views, record.left_out, record.apart = self.views, self.left_out, self.apart
+        record.views, record.left_out = self.views, self.left_out
+        record.apart, record.returned = self.apart, self.returned
         stages = {name: model.get_submodule(name) for name in self.stage_names or ()}
         for stage in () if shallow else stages.values():  # copies of the taps serve nobody
             for key, hook in list(stage._forward_hooks.items()):
@@ -211,6 +215,7 @@ class Record:
             self.left_out = single_cells(trace)
             self.apart = on_other_branches({each.name: each.node for each in trace.sightings if each.name in views})
         self.views = (self.views or {}) | views
+        self.returned = self.returned or seen_logits(trace, views)
         self._watches += 1
         return {name: trace.outputs[name] for name in names if name in trace.outputs}
 

@@ -46,12 +46,13 @@ class Recorder:
     written into later in the forward, by an in-place activation, counts as it was left.
     """
 
+    output_shape: tuple[int, ...] | None = None  # of the model's logits, where an eager forward has shown them
+
     def __init__(self) -> None:
         self.features: dict[str, Tensor] = {}
         self.unused: list[Any] = []  # nodes of the autograd graph, or of a compiled forward the tensors
         self._let_go = False  # whether features were let go of because nobody could use them any more
         self._without_gradient: dict[str, bool] = {}
-        self.output_shape: tuple[int, ...] | None = None  # of the model's logits, where an eager forward has shown them
         self.order: list[str] = []  # the stages from the shallowest on, as far as forwards have shown
         self._recorded = False  # whether there is a forward to use, maybe one that skipped all stages
         self._recording = False

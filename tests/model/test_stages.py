@@ -192,6 +192,26 @@ def test_joined_maps_have_channels_first_though_they_are_as_wide_as_the_convolut
     assert {view.layout for view in views.values()} == {"channels_first"}
 
 
+def test_an_attention_over_channels_by_a_convolution_changes_no_layout():
+    """Efficient channel attention: a convolution that runs over the channels, inside blocks of convolutions."""
+
+    class Block(nn.Module):
+        def __init__(self, channels, width):
+            super().__init__()
+            self.convolution = nn.Conv1d(channels, width, 3, 2, 1)
+            self.attention = nn.Conv1d(1, 1, 3, padding=1)
+
+        def forward(self, x):
+            x = self.convolution(x)
+            return (x * self.attention(x.mean(dim=2)[:, None]).sigmoid().transpose(1, 2)).relu()
+
+    net = nn.Sequential(
+        Block(3, 8), Block(8, 12), Block(12, 16), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(16, 5)
+    )
+    model = sfr.SFRWrapper(net, example_input=torch.randn(4, 3, 64))
+    assert {name: view.layout for name, view in model._sfr.views.items()} == dict.fromkeys("012", "channels_first")
+
+
 def test_a_convolution_whose_channels_were_put_last_has_them_last():
     class Last(nn.Module):
         def __init__(self, channels, width):
