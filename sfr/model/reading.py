@@ -57,9 +57,8 @@ class Reader:
         """Return a sighting with view and cells, and what is wrong with it; none if it is not of the whole batch."""
         if not self._batches and sighting.is_layer and sighting.ndim > 1:
             self._batches = [sighting.shape[0]]
-        if isinstance(
-            sighting.module, _ConvNd
-        ):  # the first axis of what it returns is a batch, or some multiple of one
+        if isinstance(sighting.module, _ConvNd):
+            # The first axis of what it returns is a batch, or some multiple of one.
             self._batches.sort(key=lambda batch: batch != sighting.shape[0])
         try:
             axis = self._batch_axis(sighting)

@@ -191,7 +191,10 @@ def report(criterion: Criterion, *example_input: Any, target: Any = None, repeat
         stages, pairs = _describe(twin, features)
         given: Callable[[Any], Any] = _mean_of
         if shows_loss:
-            given = _flattened if target is None and _classes_are_last(logits, features, twin.maps) else _as_it_is
+            flat = criterion.label_loss is None and _classes_are_last(logits, features, twin.maps)
+            given = _flattened if flat else _as_it_is
+            if flat and target is not None and target.shape[:2] == logits.shape[:2]:
+                target = target.flatten(0, 1)
         if target is None and shows_loss:
             logits = given(logits)
             target = torch.randint(logits.shape[1], (len(logits), *logits.shape[2:])).to(logits.device)

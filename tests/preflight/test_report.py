@@ -381,6 +381,14 @@ def test_a_model_of_tokens_is_reported_with_a_label_at_each_position(batch_first
     assert report.loss.label == pytest.approx(math.log(30), rel=0.1)  # of six classes, as T would be, it is 1.8
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_model_of_tokens_is_reported_on_the_labels_of_its_tokens(flat):
+    model, x, target = sfr.SFRWrapper(LanguageModel(True)), torch.randint(30, (4, 6)), torch.randint(30, (4, 6))
+    report = sfr.SFRLoss(model).report(x, target=target.flatten() if flat else target, repeats=1)
+    expected = F.cross_entropy(model(x).flatten(0, 1), target.flatten())
+    assert report.loss.label == pytest.approx(expected.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_of_a_loss_of_ones_own_the_report_does_not_say_that_labels_are_fitted(reduction):
     net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(), nn.Flatten(1))
