@@ -108,7 +108,8 @@ def feature_of(name: str, output: Any) -> Tensor:
 
 
 def _is_packed(output: Any) -> bool:
-    return any(type(part) is PackedSequence for part in (output, *_parts(output)))
+    parts = [output, *_parts(output)]
+    return PackedSequence in [type(part) for part in parts]  # which also old versions of torch.compile can trace
 
 
 def _kind_of(output: Any) -> str:
