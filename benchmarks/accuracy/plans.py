@@ -133,7 +133,7 @@ TESTED_VARIANTS = (
 CANDIDATES = ("vanilla", "sfr", UNGATED, SMOOTHED, UNGATED_SMOOTHED)
 REGIMES = [
     Round("fine-tune-20", "held-out", range(100, 104), CANDIDATES, "efficientnet-lite0", "flowers"),
-    Round("few-16px", "held-out", range(100, 104), CANDIDATES),
+    Round("few-16px", "held-out", range(100, 104), (*CANDIDATES, "sfr@gate=none,smoothing=past,alpha=0,alpha_end=0.8")),
     Round("vit", "held-out", range(100, 104), CANDIDATES, "vit-small-images", "cifar10"),
     Round("full-5-16px", "held-out", range(100, 104), CANDIDATES),
     Round("fine-tune-100", "held-out", range(100, 104), CANDIDATES, "efficientnet-lite0", "flowers"),
