@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -151,28 +151,25 @@ class SFRLoss(DropInLoss):
 
     def _terms_of_step(self, features: Mapping[str, Tensor], logits: Tensor) -> Terms:
         maps, joining = self.maps.of_step(features, logits if self.label_loss is None else None)
-        order = self.maps.order(maps)
-        terms = feature_terms(maps, order=order, joining=joining, **self.config.of_terms() | self._pairs(order))
+        terms = feature_terms(maps, joining=joining, **self.config.of_terms() | self._pairing(maps))
         self.warnings.see_terms(terms, self.step)
         return terms
 
     def terms_of(self, features: Mapping[str, Tensor]) -> Terms:
         """Return the feature term of every pair, of features as ``model.sfr.take_features`` gives them."""
-        order = self.maps.order(features)
-        return feature_terms(self.maps.of(features), order=order, **self.config.of_terms() | self._pairs(order))
+        return feature_terms(self.maps.of(features), **self.config.of_terms() | self._pairing(features))
 
     def pairs_of(self, features: Mapping[str, Tensor]) -> Iterator[Pair]:
         """Yield what the transport of each pair is between, of features as ``model.sfr.take_features`` gives them."""
-        order = self.maps.order(features)
-        return matched_pairs(self.maps.of(features), order=order, **self.config.of_pairs() | self._pairs(order))
+        return matched_pairs(self.maps.of(features), **self.config.of_pairs() | self._pairing(features))
 
-    def _pairs(self, order: Sequence[str]) -> dict[str, Any]:
-        """Return the pairs of stages, as stated or, unless stages were named, those on one path through the model."""
-        stated, apart = self.config.pairs, known_record(self._model).apart
+    def _pairing(self, names: Collection[str]) -> dict[str, Any]:
+        """Return the order of the stages, and their pairs as stated; of stages that were found, those on one path."""
+        order, stated, apart = self.maps.order(names), self.config.pairs, known_record(self._model).apart
         if not isinstance(stated, str) or not apart:
-            return {"pairs": stated}
+            return {"order": order, "pairs": stated}
         pairs = [(order[i], order[j]) for i, j in resolve_pairs(stated, order)]
-        return {"pairs": [pair for pair in pairs if frozenset(pair) not in apart] or stated}
+        return {"order": order, "pairs": [pair for pair in pairs if frozenset(pair) not in apart] or stated}
 
     def end_epoch(self) -> None:
         """Take over the class means of the epoch, with ``update="epoch"``; else nothing is to be done."""

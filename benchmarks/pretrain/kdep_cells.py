@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from benchmarks.accuracy.methods.arm import divergence
 from benchmarks.common.data import SOURCES
 from benchmarks.common.environment import environment
 from benchmarks.common.images import Batches, resized
@@ -155,8 +156,7 @@ def objective_of(student: CifarResNet, arm: str, seed: int, given: Unlabelled) -
 def softened(logits: Tensor, teacher: Tensor) -> Tensor:
     """Knowledge distillation (Hinton et al., arXiv 1503.02531), without labels."""
     temperature = SETTINGS["kd_temperature"]
-    own, its = (F.log_softmax(each / temperature, dim=1) for each in (logits, teacher))
-    return temperature**2 * F.kl_div(own, its, reduction="batchmean", log_target=True)
+    return temperature**2 * divergence(logits, teacher, temperature)
 
 
 def finetuned(student: CifarResNet, dataset: str, seed: int, train: Labelled, test: Labelled) -> float:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from sfr.config import Layout
-from sfr.model.formats import Grid, Shaped
+from sfr.model.formats import Grid, Shaped, View
 
 
 def infer_layout(stage: nn.Module, feature: Shaped, layer: nn.Module | None = None, grid: Grid | None = None) -> Layout:
@@ -59,19 +59,19 @@ def infer_layout(stage: nn.Module, feature: Shaped, layer: nn.Module | None = No
     return "channels_first" if convolutional or (feature.ndim > 3 and not linear) else last_axis
 
 
-def check_batches(outputs: Mapping[str, tuple[tuple[int, ...], Layout]], batch: int | None) -> None:
+def check_batches(outputs: Mapping[str, tuple[tuple[int, ...], View]], batch: int | None) -> None:
     """Raise a ``ValueError`` unless all stages have the same batch size, and the logits fit it.
 
     A stage may have a multiple of the logits' batch size (a model that folds frames or crops into the batch) or a
     fraction of it (logits flattened over positions).
 
     Args:
-        outputs: shape and layout of the output of each stage, by name.
+        outputs: shape of the output of each stage, and how it is read, by name.
         batch: length of the first axis of the logits; None if that is not known to be the batch.
     """
     sizes = {}
-    for name, (shape, layout) in outputs.items():
-        axis = int(layout == "sequence_first")
+    for name, (shape, view) in outputs.items():
+        axis, layout = view.batch_axis, view.layout
         size = sizes[name] = shape[axis]
         if batch is None or size == batch or (size == 1 and not axis):
             continue

@@ -106,8 +106,7 @@ class Maps:
 
     def _check(self, features: Mapping[str, Tensor], logits: Sequence[int] | None) -> None:
         """Raise a ``ValueError`` unless all stages have one batch size that fits the logits, if they are all there."""
-        views = {name: self.view_of(name, feature) for name, feature in features.items()}
-        sizes = [feature.shape[views[name].batch_axis] for name, feature in features.items()]
-        partly = logits is not None and bool(sizes) and self.rows(logits, sizes[0]) == "some"
-        batch = None if logits is None or partly else logits[0]
-        check_batches({name: (tuple(features[name].shape), view.layout) for name, view in views.items()}, batch)
+        outputs = {name: (tuple(feature.shape), self.view_of(name, feature)) for name, feature in features.items()}
+        images = next((shape[view.batch_axis] for shape, view in outputs.values()), None)
+        partly = logits is not None and images is not None and self.rows(logits, images) == "some"
+        check_batches(outputs, None if logits is None or partly else logits[0])

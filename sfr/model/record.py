@@ -26,6 +26,7 @@ from sfr.model.settings import StageSettings
 from sfr.model.stages import find_stages
 from sfr.model.tied import settle
 from sfr.model.trace import Trace
+from sfr.model.unchanged import modes_kept
 from sfr.model.watch import watch
 
 # The one attribute that a wrapped model has and the plain one has not; it holds the record.
@@ -43,6 +44,7 @@ class Record:
         in_eval: whether to record forwards in evaluation mode, too, if they are with gradient.
     """
 
+    # Of the class, for models that were pickled before there were these.
     apart: frozenset[frozenset[str]] = frozenset()  # pairs of stages that were found on different branches
     returned: Returned | None = None  # what a watched forward has shown of the logits
 
@@ -187,14 +189,9 @@ class Record:
 
     def _watch_evaluation(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Watch a forward in evaluation mode, with the graph that a training forward has; leave the modes unchanged."""
-        modes = [(module, module.training) for module in model.modules()]
-        try:
+        with modes_kept(model), self.disable(), torch.enable_grad():
             model.eval()
-            with self.disable(), torch.enable_grad():
-                _, trace = watch(model, args, kwargs, self.settings, named=self.stage_names or ())
-        finally:
-            for module, mode in modes:
-                module.training = mode
+            _, trace = watch(model, args, kwargs, self.settings, named=self.stage_names or ())
         self._check_silence(model, trace.calls)
         self._learn_from(model, trace)
 

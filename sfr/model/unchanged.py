@@ -1,4 +1,4 @@
-"""unchanged(): steps of a model that leave nothing behind in it."""
+"""Forwards and steps of a model that leave nothing behind in it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,26 @@ from torch import nn
 
 
 @contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Put every module back into training or evaluation mode afterwards, as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Train inside, and put buffers, gradients, mode and random state back afterwards."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
     devices = {parameter.device for parameter, _ in gradients if parameter.device.type == "cuda"}
     for parameter, _ in gradients:
         parameter.grad = None
     try:
-        with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
+        with modes_kept(model), torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
             model.train()
             yield
     finally:
@@ -28,5 +38,3 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
-        for module, mode in modes:
-            module.training = mode
