@@ -131,7 +131,7 @@ class SFRConfig:
             supervises the one at its own place, as LayerSync (arXiv 2510.12581) does.
         marginals: mass of each local feature: "uniform" or "cross" (DeepEMD's cross-reference weights).
         solver: "exact" (on the CPU), "proximal" or "sinkhorn" (batched, on the device), "auto": exact for CPU tensors,
-            proximal elsewhere.
+            proximal elsewhere (exact for small grids where Triton does not run).
         smoothing: label term: "none" (plain cross-entropy), "class_mean" (dynamic label smoothing: targets move towards
             what the network predicts for the class; for training long enough to fit the labels), "past" (towards what
             it predicted for the same sample when it last saw it, as PS-KD; the criterion then needs `index`), or

@@ -42,10 +42,14 @@ def to_nodes(feature_map: Tensor, grid: Grid, *, joining: bool = False) -> Tenso
     Returns:
         Nodes of shape (B, N, C) with N the number of cells, in float32 (float64 stays).
     """
-    if not grid:
-        nodes = feature_map.unsqueeze(1)
-    elif tuple(feature_map.shape[2:]) == grid:
-        nodes = feature_map.flatten(2).transpose(1, 2)
-    else:
-        nodes = pool(feature_map, grid, joining=joining).transpose(1, 2)
+    nodes = cells_of(feature_map, grid, joining=joining)
     return nodes if nodes.dtype == torch.float64 else nodes.float()
+
+
+def cells_of(feature_map: Tensor, grid: Grid, *, joining: bool = False) -> Tensor:
+    """Return what :func:`to_nodes` does, in the dtype of the map."""
+    if not grid:
+        return feature_map.unsqueeze(1)
+    if tuple(feature_map.shape[2:]) == grid:
+        return feature_map.flatten(2).transpose(1, 2)
+    return pool(feature_map, grid, joining=joining).transpose(1, 2)

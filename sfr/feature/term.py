@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from sfr.config import Cost, Grouping, Marginals, Matching, Pairs, Solver, Stage
+from sfr.feature.batched import batched_values
 from sfr.feature.channels import match_channels
 from sfr.feature.emd import emd_l2_of_pairs, in_place_of_pairs, relative_distance
-from sfr.feature.nodes import Grid, common_grids, to_nodes
+from sfr.feature.nodes import Grid, cells_of, common_grids, to_nodes
 from sfr.feature.pairs import resolve_pairs
 from sfr.feature.results import NONE, Pair, Terms, pair_name
 from sfr.transport.dispatch import FUSED_UP_TO
@@ -45,7 +46,8 @@ def feature_terms(
             one for them; see :func:`sfr.feature.pooling.pool`.
         order: names of all stages; pairs of a stage that `maps` lacks are left out. Default: the names in `maps`.
         pairs, max_grid, grouping, detach_deep, cost, matching, marginals, solver: see :class:`sfr.SFRConfig`.
-        kernels: use the Triton kernels (:mod:`sfr.feature.fused`) where they can take the maps.
+        kernels: on a device use the Triton kernels (:mod:`sfr.feature.fused`) or, where they cannot take the maps, one
+            batch (:mod:`sfr.feature.batched`), as far as that has the settings.
 
     Example:
         >>> maps = {"layer1": torch.randn(2, 8, 16, 16), "layer2": torch.randn(2, 16, 8, 8)}
@@ -59,9 +61,9 @@ def feature_terms(
         and matching == "transport"
         and grouping == "mean"
         and detach_deep
-        and _fit_the_kernels(list(maps.values()))
+        and _on_a_device(list(maps.values()))
     ):
-        terms = _fused_terms(maps, order=order, joining=joining, pairs=pairs, max_grid=max_grid, solver=solver)
+        terms = _terms_on_a_device(maps, order=order, joining=joining, pairs=pairs, max_grid=max_grid, solver=solver)
         if terms is not None:
             return terms
     matched = list(matched_pairs(
@@ -98,25 +100,29 @@ fused_values = OptionalSolver(
 FUSED_MAPS = 8  # at most: the pooling kernel has arguments for so many
 
 
-def _fit_the_kernels(maps: Sequence[Tensor]) -> bool:
-    """Whether the Triton kernels can take these maps: of one batch, on one NVIDIA or AMD device, of at most float32."""
-    return (
-        not fused_values.given_up
-        and 0 < len(maps) <= FUSED_MAPS
-        and all(
-            type(each) is Tensor
-            and each.is_cuda
-            and each.device == maps[0].device
-            and each.dtype in (torch.float16, torch.bfloat16, torch.float32)
-            and 2 <= each.ndim <= 4
-            and len(each) == len(maps[0]) < 2**16
-            and 0 < each.numel() < 2**31
-            for each in maps
-        )
+def _on_a_device(maps: Sequence[Tensor]) -> bool:
+    """Whether these are maps of one batch of at most float32, all on one device that is not the CPU."""
+    return all(
+        type(each) is Tensor
+        and not each.is_cpu
+        and each.device == maps[0].device
+        and each.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and len(each) == len(maps[0])
+        and each.numel() > 0
+        for each in maps
     )
 
 
-def _fused_terms(
+def _fit_the_kernels(maps: Sequence[Tensor]) -> bool:
+    """Whether the Triton kernels can take such maps: they are on an NVIDIA or AMD device."""
+    return (
+        not fused_values.given_up
+        and len(maps) <= FUSED_MAPS
+        and all(each.is_cuda and 2 <= each.ndim <= 4 and len(each) < 2**16 and each.numel() < 2**31 for each in maps)
+    )
+
+
+def _terms_on_a_device(
     maps: Mapping[str, Tensor],
     *,
     order: Sequence[str] | None,
@@ -125,7 +131,7 @@ def _fused_terms(
     max_grid: int,
     solver: Solver,
 ) -> Terms | None:
-    """Return the terms by the Triton kernels, or None if these nodes do not fit or the kernels do not run here."""
+    """Return the terms in few launches, by the Triton kernels or else as one batch; None if nodes fit neither."""
     sides = sides_present(maps, order, pairs, max_grid)
     if not sides:
         return NONE
@@ -135,25 +141,30 @@ def _fused_terms(
     ordered = sorted(range(len(sides)), key=sizes.__getitem__)  # pairs of one size next to each other
     used = list(dict.fromkeys(name for pair in sides for name, _ in pair))
     sets = list(dict.fromkeys(side for pair in sides for side in pair))
+    numbers = tuple((sets.index(sides[i][0]), sets.index(sides[i][1])) for i in ordered)
+    found = None
+    if _fit_the_kernels([maps[name] for name in used]):
 
-    def otherwise(given: Sequence[Tensor]) -> Tensor:
-        again = feature_terms(
-            dict(zip(used, given, strict=True)),
-            order=order,
-            pairs=pairs,
-            max_grid=max_grid,
-            solver=solver,
-            kernels=False,
+        def otherwise(given: Sequence[Tensor]) -> Tensor:
+            again = feature_terms(
+                dict(zip(used, given, strict=True)),
+                order=order,
+                pairs=pairs,
+                max_grid=max_grid,
+                solver=solver,
+                kernels=False,
+            )
+            return again.by_image[ordered]
+
+        found = fused_values(
+            [maps[name] for name in used],
+            tuple((used.index(name), grid) for name, grid in sets),
+            numbers,
+            [used.index(name) for name in joining if name in used],
+            otherwise,
         )
-        return again.by_image[ordered]
-
-    found = fused_values(
-        [maps[name] for name in used],
-        tuple((used.index(name), grid) for name, grid in sets),
-        tuple((sets.index(sides[i][0]), sets.index(sides[i][1])) for i in ordered),
-        [used.index(name) for name in joining if name in used],
-        otherwise,
-    )
+    if found is None and all(n == m for n, m in sizes):
+        found = batched_values([cells_of(maps[name], grid) for name, grid in sets], numbers, solver)
     if found is None:
         return None
     return Terms([pair_name(shallow, deep) for (shallow, _), (deep, _) in (sides[i] for i in ordered)], *found)

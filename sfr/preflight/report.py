@@ -210,7 +210,7 @@ def report(criterion: Criterion, *example_input: Any, target: Any = None, repeat
         costs = compare_steps({"plain": plain_step, "sfr": step}, logits.device, repeats)
     solver: str = twin.config.solver if twin.config.matching == "transport" else "none, nodes are matched in place"
     if solver == "auto":
-        solver = f"auto ({default_solver(logits.device)} on {logits.device.type})"
+        solver = f"auto ({default_solver(logits.device, twin.config.max_grid**2)} on {logits.device.type})"
     loss = replace(twin.last, weight=Ramp.of(twin.config.feature_weight).largest) if shows_loss else None
     gated, own = criterion.config.gate != "none" and criterion.label_loss is None, criterion.label_loss is not None
     notes = ([] if shows_loss else [NO_CLASSES]) + _left_out(criterion, record, features)

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from sfr.checks import check_choice, check_number
 from sfr.config import Solver
-from sfr.transport.exact import exact_plan, whole_plan
+from sfr.transport.exact import compiled_assignment, exact_plan, whole_plan
 from sfr.transport.fallback import OptionalSolver
 from sfr.transport.problem import Problem, masses_of, plan_dtype
 from sfr.transport.proximal import ITERATIONS, default_beta, proximal_plan
 from sfr.transport.scaling import duality_gap, of_unit_size
 from sfr.transport.sinkhorn import sinkhorn_plan
 
+HOST_UP_TO = 16  # nodes on a side of problems that the CPU solves for a device without Triton
 FUSED_UP_TO = 64  # nodes on a side: the cost and the plan of a problem fit into the registers of one program
 
 
@@ -63,8 +64,8 @@ def solve(
             differ no more than by rounding of the masses' dtypes (a few 1e-6 for float32) count as equal: `b` is then
             scaled to the sum of `a`.
         solver: "exact"; "proximal" (0.01 to 0.06 % above the optimum on feature costs at N = 64) or "sinkhorn" (0.1 to
-            0.2 %, and several times slower), both on the tensor's own device; "auto": exact for CPU tensors, proximal
-            elsewhere.
+            0.2 %, and several times slower), both on the tensor's own device; "auto": exact for CPU tensors and, where
+            Triton does not run, for up to 16 nodes a side, proximal elsewhere.
         epsilon: final regularization of "sinkhorn", relative to the standard deviation of the doubly centred cost.
         beta: step size of "proximal", likewise relative; None means 1 for uniform masses and N = M, else 2.
         iterations: number of iterations of "proximal" and "sinkhorn".
@@ -140,9 +141,17 @@ def certified(
         return problem.finished(plan).reshape(cost.shape), gap.reshape(cost.shape[:-2])
 
 
-def default_solver(device: torch.device) -> Solver:
-    """Return the solver that "auto" stands for on a device."""
-    return "exact" if device.type == "cpu" else "proximal"
+def default_solver(device: torch.device, nodes: int) -> Solver:
+    """Return the solver that "auto" stands for on a device, for problems of so many nodes on the larger side.
+
+    Where Triton does not run, the loop of "proximal" takes a thousand launches. Small problems are sooner solved by the
+    CPU, though the device has to wait for it; so not where its work is recorded as a CUDA graph.
+    """
+    if device.type == "cpu":
+        return "exact"
+    if device.type == "cuda" and (not fused_solver.given_up or torch.cuda.is_current_stream_capturing()):
+        return "proximal"
+    return "exact" if nodes <= HOST_UP_TO and not compiled_assignment.given_up else "proximal"
 
 
 def emd(
@@ -186,7 +195,7 @@ def _plan(
 ) -> Tensor:
     """Return the plans of a batch (B, N, M) whose arguments are checked, apart from the masses."""
     if solver == "auto":
-        solver = default_solver(cost.device)
+        solver = default_solver(cost.device, max(cost.shape[1:]))
     if solver == "exact" and a is None and b is None and _is_whole(cost):
         plan = whole_plan(cost)
         if plan is not None:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import sfr
+import sfr.feature.batched
 import sfr.feature.emd
 import sfr.feature.term
 from sfr.feature.results import Terms
@@ -22,12 +22,13 @@ from sfr.transport import solve
 from sfr.transport.fallback import OptionalSolver
 
 pytest.importorskip("triton")
+from devices import StepWithoutMemory, pass_for_a_device
+
 import sfr.transport.fused
 from sfr.feature import fused
 
 term = sfr.feature.term
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU Triton's interpreter runs the kernels
-WITHOUT_LAUNCH = ("detach", "promote_types", "scalar_tensor")
 OUR_KERNELS = ("pool_kernel", "cost_kernel", "gradient_kernel", "join_kernel")
 
 
@@ -36,19 +37,20 @@ def _few_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let both ways solve with three iterations, for the interpreter is slow."""
     monkeypatch.setattr(fused, "ITERATIONS", 3)
     monkeypatch.setattr(fused, "BLOCK_C", 16)
-    monkeypatch.setattr(sfr.feature.emd, "solve", functools.partial(solve, iterations=3))
+    for module in (sfr.feature.emd, sfr.feature.batched):
+        monkeypatch.setattr(module, "solve", functools.partial(solve, iterations=3))
 
 
 @pytest.fixture
 def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let maps in the CPU's memory, or without any, pass for those of a CUDA device."""
     monkeypatch.setattr(term, "fused_values", OptionalSolver("triton", term._load_fused, term.fused_values.failure))
-    monkeypatch.setattr(Tensor, "is_cuda", True)
+    pass_for_a_device(monkeypatch)
 
 
 def terms_of(maps: Mapping[str, Tensor], max_grid: int, **options: Any) -> Terms:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tensor, "is_cuda", True)
+        pass_for_a_device(patch)
         return feature_terms(maps, max_grid=max_grid, solver="proximal", **options)
 
 
@@ -188,44 +190,17 @@ class _Counted:
         return launch
 
 
-class Operations(TorchDispatchMode):
-    """Counts the operations that PyTorch would launch: all but views and what makes a tensor without filling it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function.overloadpacket.__name__
-        self.count += not (function.is_view or name.startswith(("empty", "new_empty")) or name in WITHOUT_LAUNCH)
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.usefixtures("on_a_device")
 @pytest.mark.parametrize("switches", [{}, {"gate": "none"}], ids=["gated", "open"])
 def test_a_step_launches_a_dozen_kernels_more_for_four_stages(
     monkeypatch: pytest.MonkeyPatch, switches: dict[str, Any]
 ) -> None:
-    """Counted without a GPU: the tensors have no memory, and neither operations nor kernels compute."""
-    stages = [nn.Conv2d(a, b, 3, 2, 1) for a, b in ((3, 8), (8, 16), (16, 32), (32, 64))]
-    model = sfr.SFRWrapper(
-        nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)), stages=["0", "1", "2", "3"]
-    )
-    model(torch.randn(2, 3, 64, 64))  # the first forward, which looks at the stages
-    model.to("meta")
-    images, labels = torch.empty(8, 3, 64, 64, device="meta"), torch.empty(8, dtype=torch.long, device="meta")
-    criterion = sfr.SFRLoss(model, **switches)
-
-    def step() -> int:
-        with Operations() as operations:
-            criterion(model(images), labels).backward()
-        return operations.count
-
-    launches = Launches(monkeypatch)
+    """Counted without a GPU: neither operations nor kernels compute."""
+    step, launches = StepWithoutMemory(**switches), Launches(monkeypatch)
     step()  # creates what is created once
     launches.count.clear()
     with_features = step() + launches.count.total()
-    with model.disable():
+    with step.model.disable():
         without = step()
     assert launches.count == {**dict.fromkeys(OUR_KERNELS[:3], 1), "join_kernel": 3, "proximal_kernel": 1}
     of_feature, of_gate = 12, 0 if switches else 5
