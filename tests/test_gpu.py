@@ -1,5 +1,6 @@
 """On a CUDA device: the same promises as on the CPU, and no wait for the device in a training step."""
 
+import copy
 import warnings
 from contextlib import contextmanager
 
@@ -112,6 +113,60 @@ def test_the_kernels_give_the_loss_and_the_gradients_of_pytorchs_operations(make
         model.unwrap()
     for own, plain in zip(*results, strict=True):
         torch.testing.assert_close(own, plain, rtol=1e-2, atol=1e-3 * float(plain.abs().max()))
+
+
+def losses_of(model, criterion, images, labels, steps=6):
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.05), []
+    for _ in range(steps):
+        torch.compiler.cudagraph_mark_step_begin()
+        optimizer.zero_grad()
+        loss = criterion(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+# Dynamo looks at .grad of what it is given and hides this warning, which it cannot where warnings are errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_model_that_replays_cuda_graphs_trains_as_the_eager_one(make_net, batch):
+    net, images, labels = make_net().cuda(), batch[0].cuda(), batch[1].cuda()
+    losses = []
+    for compiled in (False, True):
+        model = sfr.SFRWrapper(copy.deepcopy(net), stages=["1", "3", "5"])
+        criterion = sfr.SFRLoss(model, feature_weight=1.0)
+        forward = torch.compile(model, mode="reduce-overhead") if compiled else model
+        losses.append(losses_of(forward, criterion, images, labels))
+        assert criterion.last.feature > 0
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+def test_a_step_that_is_recorded_as_a_whole_gives_the_gradients_of_one_that_is_not(make_net, batch):
+    """No warnings here: a step in 50 looks at the values, and must not be the one that is recorded."""
+    net, images, labels = make_net().cuda(), batch[0].cuda(), batch[1].cuda()
+    model = sfr.SFRWrapper(net, stages=["1", "3", "5"])
+    criterion = sfr.SFRLoss(model, feature_weight=1.0)
+
+    def step():
+        criterion(model(images), labels).backward()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # creates what is created once
+            net.zero_grad(set_to_none=True)
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    expected = [each.grad.clone() for each in net.parameters()]
+    net.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for each in net.parameters():
+        each.grad.zero_()
+    graph.replay()
+    for own, eager in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(own.grad, eager, rtol=1e-3, atol=1e-5)
 
 
 def test_a_model_spread_over_two_devices_gives_the_loss_of_one(make_net, batch):
