@@ -89,6 +89,6 @@ def _instead(name: str, value: object) -> str:
     if name in (*OF_THE_WRAPPER, "example_input", "record_in_eval"):
         shown = repr(value) if isinstance(value, (str, int, list, tuple)) else "..."
         return f"set it where the model is wrapped: SFRWrapper(model, {name}={shown})"
-    known = [*SFRConfig.__dataclass_fields__, "label_loss", "num_classes"]
+    known = [*SFRConfig.__dataclass_fields__, "label_loss", "num_classes", "supervisor"]
     near = near_names(name, known) or ", ".join(repr(OLD_NAMES[old]) for old in OLD_NAMES if near_names(name, [old]))
     return f"near names: {near}" if near else f"it takes {', '.join(known)}"

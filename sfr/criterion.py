@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from sfr.labels.smoothing import DynamicLabelSmoothing
 from sfr.labels.term import LabelTerm
 from sfr.model.maps import Maps
 from sfr.model.record import Record, known_record, record_of, wrapped_in
+from sfr.model.supervisor import Arguments, Supervisor
 from sfr.parts import LossParts, sum_of_parts
 from sfr.preflight.report import Report, report
 from sfr.step_warnings import EVALUATION, StepWarnings
@@ -53,14 +54,19 @@ class SFRLoss(DropInLoss):
             the logits only if the model returns them; a Hugging Face model returns its ``ModelOutput``. A module's
             state is part of the criterion's. It goes with ``smoothing="none"``, the default, alone, and there is no
             gate: the feature term counts in full.
+        supervisor: gives the deep features in place of the model's own: another network of the same stages, such as
+            ``AveragedModel(model)`` of ``torch.optim.swa_utils``, a slow average of the weights. It sees what the model
+            was called with, without gradient, in the mode that it is in; a step costs that forward more. It is yours to
+            move, to update and to save.
         num_classes: number of classes, >= 1; None takes the width of the model's last layer. It has an effect where
             ``state_dict()`` is asked for before the first batch, as by ``torch.distributed.checkpoint``.
         **switches: fields of :class:`sfr.SFRConfig`, which replace those of `config`.
 
     Raises:
-        TypeError: if `model` holds no :class:`sfr.SFRWrapper`, `label_loss` cannot be called, or for an argument that
-            is none, as those of ``nn.CrossEntropyLoss``, saying what takes its place.
-        ValueError: if `model` holds several wrapped models, or for a switch that is out of range or without effect.
+        TypeError: if `model` holds no :class:`sfr.SFRWrapper`, `label_loss` cannot be called, `supervisor` is no
+            module, or for an argument that is none, as those of ``nn.CrossEntropyLoss``, saying what takes its place.
+        ValueError: if `model` holds several wrapped models or is its own supervisor, or for a switch that is out of
+            range or without effect.
 
     Example:
         >>> from sfr import SFRWrapper
@@ -82,6 +88,7 @@ class SFRLoss(DropInLoss):
         config: SFRConfig | Mapping[str, Any] | None = None,
         *,
         label_loss: Callable[[Any, Any], Tensor] | None = None,
+        supervisor: nn.Module | None = None,
         num_classes: int | None = None,
         **switches: Unpack[Switches],
     ) -> None:
@@ -96,6 +103,8 @@ class SFRLoss(DropInLoss):
         if label_loss is None and num_classes is None:
             self.labels.expect_classes(width_of(self._model))
         self.maps, self.warnings = Maps(self._model), StepWarnings()
+        self._supervisor = None if supervisor is None else Supervisor(supervisor, self._model)
+        record.recorder.keeps_arguments |= supervisor is not None
         self.step = 0
         self._made_for = record.stated
         self._last: LossParts | None = None
@@ -132,13 +141,13 @@ class SFRLoss(DropInLoss):
             return label_term.plain(output, target)
         logits = label_term.logits_in(output)
         terms: Terms | None = record.recorder.result_again(logits, self)  # as for the two labels of MixUp
-        again = terms is not None
+        again, arguments = terms is not None, record.recorder.arguments
         features = {} if again else record.take_features(logits)
         label = label_term.of_step(output, target, index, again=again)
         self.step += not again
         weight = self.current_weight()
         if not again and weight and logits.numel():  # of an empty batch there are no features to match
-            terms = self._terms_of_step(features, logits)
+            terms = self._terms_of_step(features, logits, arguments)
         if logits.ndim:  # an output that is a loss is used once
             record.recorder.keep_result(logits, self, terms or NONE)
         if not terms:  # or the forward skipped the stages
@@ -149,9 +158,13 @@ class SFRLoss(DropInLoss):
         self.warnings.see_parts(self._last, self.step, self.config.feature_weight)
         return sum_of_parts(label, weight, terms.weighted(gate))
 
-    def _terms_of_step(self, features: Mapping[str, Tensor], logits: Tensor) -> Terms:
+    def _terms_of_step(self, features: Mapping[str, Tensor], logits: Tensor, arguments: Arguments | None) -> Terms:
         maps, joining = self.maps.of_step(features, logits if self.label_loss is None else None)
-        terms = feature_terms(maps, joining=joining, **self.config.of_terms() | self._pairing(maps))
+        pairing = self._pairing(maps)
+        if self._supervisor is not None and maps:
+            of_supervisor = self._supervisor.features(tuple(maps), arguments, next(iter(features.values())))
+            maps, pairing = _supervised(maps, self.maps.of(of_supervisor), **pairing)
+        terms = feature_terms(maps, joining=joining, **self.config.of_terms() | pairing)
         self.warnings.see_terms(terms, self.step)
         return terms
 
@@ -175,15 +188,27 @@ class SFRLoss(DropInLoss):
         """Take over the class means of the epoch, with ``update="epoch"``; else nothing is to be done."""
         self.labels.end_epoch()
 
-    def report(self, *example_input: Any, target: Any = None, repeats: int = 5) -> Report:
+    def report(self, *example_input: Any, target: Any = None, repeats: int = 5, **keywords: Any) -> Report:
         """Show what the method does to the model and measure what it costs; see :func:`sfr.preflight.report.report`."""
-        return report(self, *example_input, target=target, repeats=repeats)
+        return report(self, *example_input, target=target, repeats=repeats, **keywords)
 
     def twin(self, label_loss: Callable[[Any, Any], Tensor] | None) -> SFRLoss:
         """Return a new criterion for the same model, without gate, beside a copy of another loss if one is given."""
         config = self.config if label_loss is None else self.config.without_label_term()
         own = copy.deepcopy(label_loss) if isinstance(label_loss, nn.Module) else label_loss
-        return SFRLoss(self._model, config, label_loss=own, gate="none")
+        supervisor = None if self._supervisor is None else self._supervisor.network
+        return SFRLoss(self._model, config, label_loss=own, supervisor=supervisor, gate="none")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_last": None}
+
+
+def _supervised(
+    maps: Mapping[str, Tensor], deep: Mapping[str, Tensor], *, order: Sequence[str], pairs: Any
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the maps of a model and of its supervisor, and the pairs between them."""
+    names = {name: f"{name} of the supervisor" for name in order}
+    return {**maps, **{names[name]: each for name, each in deep.items()}}, {
+        "order": [*order, *names.values()],
+        "pairs": [(order[i], names[order[j]]) for i, j in resolve_pairs(pairs, order)],
+    }

@@ -190,7 +190,7 @@ class SFRWrapper(nn.Module):
         own: dict[str, Any] = {"stages": stages, "layout": layout, "prefix_tokens": prefix_tokens}
         own, switches = _sorted_out(own, config, switches)
         record = Record(StageSettings(**own), SFRConfig.from_dict(switches), record_in_eval)
-        example = None if example_input is None else forward_arguments(model, (example_input,))
+        example = None if example_input is None else forward_arguments(model, (example_input,), {})
         outer = wrapped_class(plain_class(type(model), SFRWrapper), SFRWrapper)
         try:
             record.start(model, example)

@@ -9,19 +9,23 @@ from typing import Any
 from torch import nn
 
 
-def forward_arguments(model: nn.Module, example_input: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def forward_arguments(
+    model: nn.Module, example_input: tuple[Any, ...], keywords: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Turn an example input into the positional and keyword arguments of a forward.
 
     Args:
         model: the model.
         example_input: the arguments one by one, or one tuple, list or dict of them.
+        keywords: more of them, by name.
 
     Raises:
         TypeError: if the model's forward does not take them.
     """
     only = example_input[0] if len(example_input) == 1 else example_input
-    kwargs = dict(only) if isinstance(only, Mapping) else {}
-    args = () if kwargs else tuple(only) if isinstance(only, (tuple, list)) else (only,)
+    by_name = isinstance(only, Mapping) and len(only) > 0
+    kwargs = dict(only, **keywords) if by_name else dict(keywords)
+    args = () if by_name else tuple(only) if isinstance(only, (tuple, list)) else (only,)
     try:
         signature = inspect.signature(model.forward)
     except ValueError:

@@ -162,7 +162,7 @@ class Record:
         return self._watches < NEVER_FIRED_UNTIL_WARNING and len(self.views) < len(self.stage_names or ())
 
     def _recorded_call(self, model: nn.Module, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        self.recorder.begin()
+        self.recorder.begin((args, kwargs))
         try:
             output = plain(model, *args, **kwargs)
             self.recorder.end(output)

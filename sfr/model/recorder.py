@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sfr.model.graph import computed_from
 from sfr.model.outputs import feature_of, logits_in, tensors_in
+from sfr.model.supervisor import Arguments
 from sfr.warn import warn_user
 
 # Training forwards in a row whose features nobody used, before a warning says so.
@@ -47,6 +48,8 @@ class Recorder:
     """
 
     output_shape: tuple[int, ...] | None = None  # of the model's logits, where an eager forward has shown them
+    keeps_arguments = False  # for a supervisor
+    arguments: Arguments | None = None  # what the model was called with, if that is kept
 
     def __init__(self) -> None:
         self.features: dict[str, Tensor] = {}
@@ -84,9 +87,10 @@ class Recorder:
         self._handles, self._names = [], ()
         self.abort()
 
-    def begin(self) -> None:
+    def begin(self, arguments: Arguments) -> None:
         """Start to record a new forward; features nobody used are set aside until the next ones are used."""
         if not torch.compiler.is_compiling():
+            self.arguments = arguments if self.keeps_arguments else None
             # A forward without any gradient, as of the averaged teacher of a model, is none that trains.
             if not self._excused and (self._let_go or any(each.requires_grad for each in self.features.values())):
                 self._note_unused()
@@ -211,7 +215,7 @@ class Recorder:
     def abort(self) -> None:
         """Stop recording and forget all features."""
         self._recording = self._recorded = False
-        self.features, self.unused, self._result = {}, [], None
+        self.features, self.unused, self._result, self.arguments = {}, [], None, None
         self._witness = self._witness_of_unused = None
         self._let_go = False
 
@@ -262,7 +266,7 @@ class Recorder:
     def __getstate__(self) -> dict[str, Any]:
         # Features belong to one autograd graph: they can neither be copied nor pickled, and a copy has no use for them.
         nothing: dict[str, Any] = {"features": {}, "unused": [], "_without_gradient": {}, "_result": None}
-        nothing |= {"_witness": None, "_witness_of_unused": None}
+        nothing |= {"_witness": None, "_witness_of_unused": None, "arguments": None}
         return self.__dict__ | nothing | {"_recording": False, "_recorded": False}
 
 

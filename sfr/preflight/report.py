@@ -150,7 +150,7 @@ class Criterion(Protocol):
     def twin(self, label_loss: Callable[[Any, Any], Tensor] | None) -> Criterion: ...
 
 
-def report(criterion: Criterion, *example_input: Any, target: Any = None, repeats: int = 5) -> Report:
+def report(criterion: Criterion, *example_input: Any, target: Any = None, repeats: int = 5, **keywords: Any) -> Report:
     """Run a few training steps and tell what a criterion does to its model and what it costs.
 
     Nothing is left behind: buffers, gradients, training mode, random state and the criterion's state are as before.
@@ -159,11 +159,12 @@ def report(criterion: Criterion, *example_input: Any, target: Any = None, repeat
     Args:
         criterion: the :class:`sfr.SFRLoss`; stages of its model that are not yet discovered are.
         *example_input: arguments of one forward, best a batch of the size to be trained with: as the model takes them,
-            ``report(x)`` or ``report(x, y)``, or all in one tuple or dict.
+            ``report(x)``, ``report(x, mask=mask)`` or ``report(**batch)``, or all in one tuple or dict.
         target: the second argument of the criterion; None draws random labels. That needs a model that returns logits,
             or an output that has ``logits`` or begins with them, and a criterion without `label_loss`. Otherwise the
             mean of all numbers in the output is used as the loss.
         repeats: timed steps of each kind, >= 1.
+        **keywords: arguments of the forward by name.
 
     Returns:
         A :class:`Report`.
@@ -173,7 +174,7 @@ def report(criterion: Criterion, *example_input: Any, target: Any = None, repeat
     """
     model = criterion.model
     record = known_record(model)
-    args, kwargs = forward_arguments(model, example_input)
+    args, kwargs = forward_arguments(model, example_input, keywords)
 
     with unchanged(model):
         if record.views is None:

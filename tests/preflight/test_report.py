@@ -134,6 +134,31 @@ def test_the_report_works_from_a_dict_of_arguments(make_net, batch):
     assert sfr.SFRWrapper(make_net()).report({"input": batch[0]}, repeats=1).stages
 
 
+def test_a_batch_that_is_a_dict_can_be_given_by_name(make_net, batch):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = make_net()
+
+        def forward(self, pixel_values, *, scale):
+            return self.net(pixel_values) * scale
+
+    criterion = sfr.SFRLoss(sfr.SFRWrapper(Named()))
+    named = {"pixel_values": batch[0], "scale": 2.0}
+    shapes = [
+        [stage.shape for stage in report.stages]
+        for report in (
+            criterion.report(**named, repeats=1),
+            criterion.report(batch[0], scale=2.0, repeats=1),
+            criterion.model.report(**named, target=batch[1], repeats=1),
+            criterion.report(named, repeats=1),
+        )
+    ]
+    assert shapes == [shapes[0]] * 4
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'repeat'"):
+        criterion.report(**named, repeat=1)
+
+
 def test_a_fresh_criterion_is_not_touched_by_a_report(make_net, batch):
     model = sfr.SFRWrapper(make_net())
     criterion = sfr.SFRLoss(model)

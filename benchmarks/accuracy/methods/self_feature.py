@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 import sfr
 from benchmarks.accuracy.methods.arm import Arm, Task
@@ -14,19 +14,21 @@ class SelfFeature(Arm):
     """Self-feature regularization; options are fields of :class:`sfr.SFRConfig`, also under the names of before 0.2.
 
     Committed cells are named by those: `weight`, `warmup`, and `alpha_end`, to which alpha moves over the whole run
-    unless `alpha_steps` is given. `stages` is the wrapper's.
+    unless `alpha_steps` is given. `stages` is the wrapper's, `supervisor` the criterion's.
     """
 
     model: sfr.SFRWrapper
 
-    def __init__(self, task: Task, stages: str | None = None, **config: Any) -> None:
+    def __init__(
+        self, task: Task, stages: str | None = None, supervisor: nn.Module | None = None, **config: Any
+    ) -> None:
         super().__init__(task)
         if config.get("smoothing") == "past":
             config["num_samples"] = len(task.labels)
         if "alpha_end" in config:
             config = {"alpha_steps": task.epochs * task.epoch_steps} | config
         self.model = sfr.SFRWrapper(task.model, stages=stages)
-        self.criterion = sfr.SFRLoss(self.model, config)
+        self.criterion = sfr.SFRLoss(self.model, config, supervisor=supervisor)
 
     def forward(self, indices: Tensor) -> Tensor:
         return self.criterion(self.model(self.task.images(indices)), self.task.labels[indices], index=indices)

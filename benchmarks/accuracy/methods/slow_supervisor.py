@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import sfr
 from benchmarks.accuracy.methods.arm import Task
 from benchmarks.accuracy.methods.self_feature import SelfFeature
 
@@ -18,30 +17,21 @@ class SlowSupervisor(SelfFeature):
 
     The average sees the same augmented images, with the batch's own statistics in its normalisations; it follows the
     network after every step, faster at first (Tarvainen & Valpola, arXiv 1703.01780, whose rule for that it is). Other
-    options are fields of :class:`sfr.SFRConfig`, with a constant weight. It costs a second forward.
+    options are fields of :class:`sfr.SFRConfig`. It costs a second forward.
     """
 
     steps: Tensor
 
     def __init__(self, task: Task, decay: float = 0.99, stages: str | None = None, **config: Any) -> None:
-        plain = copy.deepcopy(task.model).requires_grad_(False)  # before its stages are tapped
-        super().__init__(task, stages, **config)
-        settings = self.criterion.config
-        if isinstance(settings.feature_weight, sfr.Ramp):
-            raise ValueError(f"a slow supervisor needs a constant weight; got {settings.feature_weight}")
-        self.average = sfr.SFRWrapper(plain, stages=stages)
-        self.distance = sfr.EMDL2Loss(settings.cost, settings.marginals, settings.solver)
-        self.decay, self.weight = decay, settings.feature_weight
+        average = copy.deepcopy(task.model).requires_grad_(False)  # before its stages are tapped
+        super().__init__(task, stages, supervisor=average, **config)
+        self.average, self.decay = average, decay
         self.register_buffer("steps", torch.tensor(0))
 
     def forward(self, indices: Tensor) -> Tensor:
         self._follow()
-        images, labels = self.task.images(indices), self.task.labels[indices]
-        logits, slow_logits = self.model(images), self.average(images)
-        own = self.criterion.pairs_of(self.model.sfr.take_features(logits))
-        slow = self.criterion.pairs_of(self.average.sfr.take_features(slow_logits))
-        terms = [self.distance(pair.nodes[0], other.nodes[1]) for pair, other in zip(own, slow, strict=True)]
-        return self.criterion.labels(logits, labels, indices) + self.weight * torch.stack(terms).mean()
+        loss: Tensor = super().forward(indices)
+        return loss
 
     @torch.no_grad()
     def _follow(self) -> None:
