@@ -60,7 +60,14 @@ WRONG_LABELS = {
     PAST_LABELS: "**sfr**, past predictions (alpha 0.8) alone",
     PAST_CONSTANT: "**sfr**, past predictions (alpha 0.8)",
 }
-NAMES = LADDER | PEERS | WRONG_LABELS
+FINE_TUNING = {
+    BASE: "vanilla",
+    "label-smoothing": "label smoothing 0.1",
+    "l2-sp": "L2-SP",
+    OURS: "**sfr**",
+    "sfr-slow@decay=0.99,rising=False": "**sfr**, supervised by an average from the pretrained weights on",
+}
+NAMES = LADDER | PEERS | WRONG_LABELS | FINE_TUNING
 
 
 def comparable(arms: Iterable[str], image_size: int) -> list[str]:

@@ -9,6 +9,7 @@ from benchmarks.accuracy.cell import Cell, Schedule
 from benchmarks.accuracy.names import (
     EARLIER,
     FEATURES,
+    FINE_TUNING,
     LADDER,
     PAST,
     PEERS,
@@ -143,6 +144,10 @@ REGIMES = [
 # What docs/accuracy.md is made of: the scan by which choices were made, then the test, with seeds of its own.
 PLANS = {
     "regimes": REGIMES,
+    "fine-tuning": [
+        Round("fine-tune-20", "test", range(5), tuple(FINE_TUNING), "efficientnet-lite0", dataset)
+        for dataset in ("flowers", "elpv")
+    ],
     "wrong-labels": [Round("noise40-500", "held-out", range(100, 103), tuple(WRONG_LABELS), dataset="cifar10")],
     "scan": [
         Round("tenth-16px-short", "held-out", (100,), SCANNED_SHORT),

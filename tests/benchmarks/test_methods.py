@@ -212,6 +212,23 @@ def test_ps_kd_moves_the_targets_towards_what_was_said_an_epoch_ago(task: Task) 
     assert not arm.predictions.requires_grad
 
 
+def test_l2_sp_draws_all_weights_but_the_last_layers_to_where_they_started(task: Task) -> None:
+    arm = build_arm("l2-sp@alpha=0.5,beta=0.25", task)
+    start = copy.deepcopy(task.model)
+    plain = build_arm("vanilla", task)
+    size = sum(each.square().sum() for each in task.model.fc.parameters())
+    assert arm(batch()).item() == pytest.approx((plain(batch()) + 0.125 * size).item(), rel=1e-5)
+    with torch.no_grad():
+        for each in task.model.parameters():
+            each.add_(0.1 * torch.randn_like(each))
+    away = sum((a - b).square().sum() for a, b in zip(task.model.parameters(), start.parameters(), strict=True))
+    away -= sum((a - b).square().sum() for a, b in zip(task.model.fc.parameters(), start.fc.parameters(), strict=True))
+    size = sum(each.square().sum() for each in task.model.fc.parameters())
+    expected = plain(batch()) + 0.25 * away + 0.125 * size
+    assert arm(batch()).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert [name for name, _ in arm.named_parameters()] == [name for name, _ in plain.named_parameters()]
+
+
 def test_elr_pushes_the_prediction_towards_the_mean_of_what_was_said(task: Task) -> None:
     arm = build_arm("elr", task)
     assert (arm.weight, arm.beta) == (3.0, 0.7)  # the authors', for ten classes and fewer
@@ -528,9 +545,10 @@ def test_the_slow_supervisor_is_the_feature_term_between_the_network_and_its_ave
     assert all(parameter.grad is None for parameter in arm.average.parameters())
 
 
-def test_the_average_keeps_its_pace_once_it_is_old(task: Task) -> None:
-    arm = build_arm("sfr-slow@decay=0.5", task)
-    arm.steps += 100
+@pytest.mark.parametrize(("options", "steps"), [("", 100), (",rising=False", 0)])
+def test_the_average_keeps_its_pace_once_it_is_old_or_from_the_beginning(task: Task, options: str, steps: int) -> None:
+    arm = build_arm(f"sfr-slow@decay=0.5{options}", task)
+    arm.steps += steps
     before = [parameter.clone() for parameter in arm.average.parameters()]
     with torch.no_grad():
         for parameter in task.model.parameters():

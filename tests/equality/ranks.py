@@ -11,6 +11,7 @@ from torch import nn
 import sfr
 
 STEPS, BATCH, CLASSES = 6, 16, 4
+CANDIDATES = 8  # images drawn for each that is taken
 
 
 def accelerated(model: nn.Module, optimizer: torch.optim.Optimizer, kind: str):
@@ -47,10 +48,8 @@ def train(rank: int, ranks: int, kind: str) -> dict[str, Any]:
     else:
         optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.2)
         model, optimizer, backward, small_step = accelerated(wrapped, optimizer, kind)
-    torch.manual_seed(10)  # batches where no prediction lies between two classes: bfloat16 would tip it either way
     losses, gradients = [], []
-    for _ in range(STEPS):
-        images, labels = torch.randn(BATCH, 3, 12, 12), torch.randint(0, CLASSES, (BATCH,))
+    for images, labels in batches(clear=kind == "bf16"):
         share = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
         with small_step():
             loss = criterion(model(images[share]), labels[share])
@@ -73,6 +72,30 @@ def train(rank: int, ranks: int, kind: str) -> dict[str, Any]:
         "distributions": criterion.labels.distributions,
         "counts": criterion.labels.counts,
     }
+
+
+def batches(clear: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the same batches in every process.
+
+    Args:
+        clear: of many images take those of which a network in float32, trained on them alike, is surest. Of others
+            rounding to bfloat16 would tip the prediction, and with it the counts, on one machine or another.
+    """
+    torch.manual_seed(10)
+    net = group_norm_net(CLASSES)
+    optimizer, found = torch.optim.SGD(net.parameters(), lr=0.2), []
+    for _ in range(STEPS):
+        drawn = BATCH * (CANDIDATES if clear else 1)
+        images, labels = torch.randn(drawn, 3, 12, 12), torch.randint(0, CLASSES, (drawn,))
+        if clear:
+            first, second = net(images).detach().topk(2, dim=1).values.unbind(dim=1)
+            surest = (first - second).topk(BATCH).indices
+            images, labels = images[surest], labels[surest]
+            torch.nn.functional.cross_entropy(net(images), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append((images, labels))
+    return found
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from benchmarks.accuracy.methods.cutmix import CutMix, SelfFeatureCutMix
 from benchmarks.accuracy.methods.dlb import LastMiniBatch
 from benchmarks.accuracy.methods.elr import EarlyLearning
 from benchmarks.accuracy.methods.gated_labels import GatedLabels
+from benchmarks.accuracy.methods.l2_sp import L2StartingPoint
 from benchmarks.accuracy.methods.label_smoothing import LabelSmoothing
 from benchmarks.accuracy.methods.online_label_smoothing import OnlineLabelSmoothing
 from benchmarks.accuracy.methods.ps_kd import Progressive
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Arm]] = {
     "cs-kd": ClassWise,
     "ps-kd": Progressive,
     "elr": EarlyLearning,
+    "l2-sp": L2StartingPoint,
     "dlb": LastMiniBatch,
     "byot": BeYourOwnTeacher,
     "tfd": TeacherFreeFeatureDistillation,

@@ -16,16 +16,18 @@ class SlowSupervisor(SelfFeature):
     """Self-feature regularization whose deep nodes come from the average over `decay` of the network's weights.
 
     The average sees the same augmented images, with the batch's own statistics in its normalisations; it follows the
-    network after every step, faster at first (Tarvainen & Valpola, arXiv 1703.01780, whose rule for that it is). Other
-    options are fields of :class:`sfr.SFRConfig`. It costs a second forward.
+    network after every step, unless not `rising` faster at first (Tarvainen & Valpola, arXiv 1703.01780, whose rule for
+    that it is). Other options are fields of :class:`sfr.SFRConfig`. It costs a second forward.
     """
 
     steps: Tensor
 
-    def __init__(self, task: Task, decay: float = 0.99, stages: str | None = None, **config: Any) -> None:
+    def __init__(
+        self, task: Task, decay: float = 0.99, stages: str | None = None, rising: bool = True, **config: Any
+    ) -> None:
         average = copy.deepcopy(task.model).requires_grad_(False)  # before its stages are tapped
         super().__init__(task, stages, supervisor=average, **config)
-        self.average, self.decay = average, decay
+        self.average, self.decay, self.rising = average, decay, rising
         self.register_buffer("steps", torch.tensor(0))
 
     def forward(self, indices: Tensor) -> Tensor:
@@ -36,7 +38,7 @@ class SlowSupervisor(SelfFeature):
     @torch.no_grad()
     def _follow(self) -> None:
         """Move the average towards what the last step has made of the network."""
-        share = 1 - torch.clamp((1 + self.steps) / (10 + self.steps), max=self.decay)
+        decay = torch.clamp((1 + self.steps) / (10 + self.steps), max=self.decay) if self.rising else self.decay
         for average, own in zip(self.average.parameters(), self.model.parameters(), strict=True):
-            average.lerp_(own, share.to(own.dtype))
+            average.lerp_(own, 1 - float(decay))
         self.steps += 1
