@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from benchmarks.common.cells import run_missing
 from benchmarks.common.paths import CACHE
 from benchmarks.generative.cell import ARMS, PLANS, Cell, run_cell
 from benchmarks.generative.page import CELLS, write_page
@@ -23,12 +24,8 @@ def main() -> None:
     """Run the cells that have no file yet, and write the page."""
     args = parse_arguments()
     cells = [] if args.report else [Cell(args.plan, arm, seed) for seed in args.seeds for arm in args.arms]
-    for cell in cells:  # seed by seed: whatever is there when a run ends is paired
-        if (args.results / cell.file).exists():
-            print(f"{cell.file} is there", flush=True)
-        else:
-            record = run_cell(cell, args.data_dir, args.results, args.cache)
-            print(f"{cell.file} in {record['training_seconds']:.0f} s: {record['scores']}", flush=True)
+    run = lambda cell: run_cell(cell, args.data_dir, args.results, args.cache)  # noqa: E731
+    run_missing(cells, args.results, run, "training_seconds", "scores")
     if args.results == CELLS:
         write_page()
 

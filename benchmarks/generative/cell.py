@@ -6,23 +6,21 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.common.cells import Record, write_record
 from benchmarks.common.data import SOURCES, load_parts
 from benchmarks.common.environment import environment
 from benchmarks.common.example import command_of, history_of, run_example
 from benchmarks.common.images import resized
 from benchmarks.common.paths import ROOT
 from benchmarks.generative.scores import frechet_distances, probes
-from examples.common.atomic_file import replace_text
 from examples.common.data import Labelled
 from examples.common.diffusion_transformer import DiffusionTransformer
 from examples.common.flow import sample
 
-Record = dict[str, Any]
 ARMS = {
     "vanilla": "--method vanilla",
     "vanilla-1.5-lr": "--method vanilla",
@@ -110,9 +108,7 @@ def run_cell(cell: Cell, data_dir: Path | None, results: Path, cache: Path) -> R
         "scores": found,
         "history": history,
     }
-    file = results / cell.file
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(file, json.dumps(record, indent=1) + "\n")
+    write_record(results / cell.file, record)
     return record
 
 

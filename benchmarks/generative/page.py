@@ -8,10 +8,11 @@ from statistics import mean
 
 from matplotlib.figure import Figure
 
+from benchmarks.common.cells import Record
 from benchmarks.common.paired import spread, with_error
 from benchmarks.common.paths import DOCS, RESULTS
 from benchmarks.common.tables import markdown_table, page_with
-from benchmarks.generative.cell import ARMS, PLANS, Plan, Record
+from benchmarks.generative.cell import ARMS, PLANS, Plan
 from examples.common.atomic_file import replace_file
 
 CELLS = RESULTS / "generative"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common.cells import run_missing
 from benchmarks.common.paths import CACHE
 from benchmarks.segmentation.cell import PLANS, Cell, run_cell
 from benchmarks.segmentation.networks import NETWORKS
@@ -28,12 +29,8 @@ def main() -> None:
     cells = [
         Cell(args.plan, model, arm, seed, args.part) for model in models for seed in args.seeds for arm in args.arms
     ]
-    for cell in cells:  # seed by seed: whatever is there when a run ends is paired
-        if (args.results / cell.file).exists():
-            print(f"{cell.file} is there", flush=True)
-        else:
-            record = run_cell(cell, args.data_dir, args.results, args.cache)
-            print(f"{cell.file} in {record['seconds']:.0f} s: {record['result']}", flush=True)
+    run = lambda cell: run_cell(cell, args.data_dir, args.results, args.cache)  # noqa: E731
+    run_missing(cells, args.results, run, "seconds", "result")
     if args.results == CELLS:
         write_page()
 

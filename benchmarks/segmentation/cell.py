@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,13 +12,12 @@ from torch import Tensor, nn
 
 import sfr
 from benchmarks.accuracy.methods import parse_arm
+from benchmarks.common.cells import Record, write_record
 from benchmarks.common.environment import environment
 from benchmarks.segmentation.data import NUM_CLASSES, VOID, Scenes, augmented, load_scenes, normalised
-from benchmarks.segmentation.networks import build_network, scores_of
-from examples.common.atomic_file import replace_text
+from benchmarks.segmentation.networks import build_network
 from examples.common.learning_rate import warmup_then_cosine
-
-Record = dict[str, Any]
+from sfr.model.outputs import the_logits
 
 
 @dataclass(frozen=True)
@@ -65,9 +63,7 @@ def run_cell(cell: Cell, data_dir: Path, results: Path, cache: Path) -> Record:
         cache: folder of the decoded images.
     """
     plan = PLANS[cell.plan]
-    train, judged = (
-        Scenes(*(each[: plan.limit] for each in load_scenes(data_dir, cache, part))) for part in ("train", cell.part)
-    )
+    train, judged = (load_scenes(data_dir, cache, part).take(slice(plan.limit)) for part in ("train", cell.part))
     torch.manual_seed(cell.seed)
     network = build_network(cell.model, NUM_CLASSES).to(memory_format=torch.channels_last)
     start = time.perf_counter()
@@ -80,9 +76,7 @@ def run_cell(cell: Cell, data_dir: Path, results: Path, cache: Path) -> Record:
         "result": scores(network, judged, plan) | {"train_miou": scores(network, train, plan)["miou"]},
         "curve": curve,
     }
-    file = results / cell.file
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(file, json.dumps(record, indent=1) + "\n")
+    write_record(results / cell.file, record)
     return record
 
 
@@ -105,10 +99,10 @@ def trained(network: nn.Module, cell: Cell, plan: Plan, scenes: Scenes) -> list[
         network.train()
         total = 0.0
         for indices in torch.randperm(len(scenes.pixels), generator=order)[: steps * plan.batch_size].view(steps, -1):
-            batch = augmented(Scenes(*(each[indices] for each in scenes)), draw)
+            batch = augmented(scenes.take(indices), draw)
             with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bf16"):
                 output = network(normalised(batch.pixels))
-                loss = criterion(output if name == "sfr" else scores_of(output), batch.classes.long())
+                loss = criterion(output if name == "sfr" else the_logits(output), batch.classes.long())
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -127,7 +121,7 @@ def scores(network: nn.Module, scenes: Scenes, plan: Plan) -> dict[str, Any]:
     counts = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.long)
     for pixels, classes in zip(scenes.pixels.split(16), scenes.classes.split(16), strict=True):
         with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bf16"):
-            counts += confusion(scores_of(network(normalised(pixels))).argmax(dim=1), classes.long())
+            counts += confusion(the_logits(network(normalised(pixels))).argmax(dim=1), classes.long())
     right = counts.diagonal()
     union = counts.sum(dim=0) + counts.sum(dim=1) - right
     present = union > 0

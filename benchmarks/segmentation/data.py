@@ -26,6 +26,10 @@ class Scenes(NamedTuple):
     pixels: Tensor
     classes: Tensor
 
+    def take(self, which: Tensor | slice) -> Scenes:
+        """Return some of the scenes."""
+        return Scenes(self.pixels[which], self.classes[which])
+
 
 def load_scenes(data_dir: Path, cache: Path, part: str) -> Scenes:
     """Return a part of CamVid, "train", "validation" or "test", from Parquet files below a folder.

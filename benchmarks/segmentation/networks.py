@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
@@ -16,12 +14,6 @@ def build_network(name: str, num_classes: int) -> nn.Module:
     if name == "unet":
         return UNet(num_classes)
     return lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=num_classes)
-
-
-def scores_of(output: Any) -> Tensor:
-    """Return the logits (B, K, H, W) in what a network returns."""
-    scores: Tensor = output["out"] if isinstance(output, dict) else output
-    return scores
 
 
 class UNet(nn.Module):

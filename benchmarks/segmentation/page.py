@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from itertools import groupby
 
+from benchmarks.common.cells import Record
 from benchmarks.common.paired import differences, spread, with_error
 from benchmarks.common.paths import DOCS, RESULTS
 from benchmarks.common.tables import markdown_table, page_with
-from benchmarks.segmentation.cell import Record
 
 CELLS = RESULTS / "segmentation"
 PAGE = DOCS / "segmentation.md"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sfr.config import Solver
-from sfr.feature.channels import match_channels
+from sfr.feature.channels import channel_segments, match_channels
 from sfr.feature.emd import emd_l2
 from sfr.transport import solve
 
@@ -157,7 +157,7 @@ def _write(nodes: Tensor, out: Tensor) -> None:
 
 def _narrowed(nodes: Tensor, width: int) -> Tensor:
     """Return nodes (B, N, C) as the means of their segments of `width` channels, unless they have no more."""
-    return nodes if nodes.shape[2] == width else match_channels(nodes[..., :width], nodes.float(), "mean")[1]
+    return nodes if nodes.shape[2] == width else channel_segments(nodes.float(), width).mean(dim=1)
 
 
 def _brought_back(nodes: Tensor, gradient: Tensor) -> Tensor:

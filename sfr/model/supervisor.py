@@ -56,9 +56,9 @@ class Supervisor:
         """
         if arguments is None:
             raise RuntimeError(NO_ARGUMENTS)
-        network = self._with_stages(names)
+        network, stages = self._stages(names)
         found: dict[str, Tensor] = {}
-        handles = [network.get_submodule(name).register_forward_hook(_keep(name, found)) for name in names]
+        handles = [stage.register_forward_hook(_keep(name, found)) for name, stage in stages.items()]
         try:
             low = like.dtype in (torch.float16, torch.bfloat16)
             own = next((each.dtype for each in network.parameters() if each.is_floating_point()), like.dtype)
@@ -75,19 +75,21 @@ class Supervisor:
             raise RuntimeError(f"stage(s) {silent} of the supervisor did not run in its forward")
         return found
 
-    def _with_stages(self, names: Collection[str]) -> nn.Module:
-        network, within = self.network, getattr(self.network, "module", None)
-        missing = set(names) - {name for name, _ in network.named_modules()}
-        while missing and isinstance(within, nn.Module):
-            if set(names) <= {name for name, _ in within.named_modules()}:
-                return within
-            within = getattr(within, "module", None)
-        if missing:
-            raise ValueError(
-                f"the supervisor, a {type(network).__name__}, has no stage {min(missing)!r}: it must be built as the "
-                "model is"
-            )
-        return network
+    def _stages(self, names: Collection[str]) -> tuple[nn.Module, dict[str, nn.Module]]:
+        """Return the network, or the part of it, that has these stages, and the stages by name."""
+        network = self.network
+        while True:
+            try:
+                return network, {name: network.get_submodule(name) for name in names}
+            except AttributeError:
+                within = getattr(network, "module", None)
+                if not isinstance(within, nn.Module):
+                    missing = min(set(names) - {name for name, _ in self.network.named_modules()})
+                    raise ValueError(
+                        f"the supervisor, a {type(self.network).__name__}, has no stage {missing!r}: it must be built "
+                        "as the model is"
+                    ) from None
+                network = within
 
 
 def _keep(name: str, found: dict[str, Tensor]) -> Any:

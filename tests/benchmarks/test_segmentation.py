@@ -16,7 +16,8 @@ from benchmarks.segmentation import cell as cells
 from benchmarks.segmentation import page
 from benchmarks.segmentation.cell import NUM_CLASSES, VOID, confusion, scores
 from benchmarks.segmentation.data import SIZE, Scenes, augmented, load_scenes, normalised
-from benchmarks.segmentation.networks import UNet, build_network, scores_of
+from benchmarks.segmentation.networks import UNet, build_network
+from sfr.model.outputs import the_logits
 
 
 def png(values):
@@ -111,7 +112,7 @@ def test_a_network_that_is_right_has_all_of_it():
 @pytest.mark.parametrize("name", ["unet", "lraspp"])
 def test_networks_give_every_pixel_a_class(name):
     network = build_network(name, NUM_CLASSES)
-    assert scores_of(network(torch.randn(2, 3, *SIZE))).shape == (2, NUM_CLASSES, *SIZE)
+    assert the_logits(network(torch.randn(2, 3, *SIZE))).shape == (2, NUM_CLASSES, *SIZE)
 
 
 def test_the_arms_share_all_but_the_method(folder):
