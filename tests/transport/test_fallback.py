@@ -76,7 +76,7 @@ def forgotten(*names: str) -> Iterator[None]:
 
 @pytest.fixture
 def not_imported(untried: None) -> Iterator[None]:
-    with forgotten("sfr.transport.assignment", "sfr.transport.numba_functions"):
+    with forgotten("sfr.transport.assignment", "sfr.transport.semi_assignment", "sfr.transport.numba_functions"):
         yield
 
 
