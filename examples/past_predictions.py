@@ -22,8 +22,8 @@ loader: DataLoader[tuple[list[torch.Tensor], torch.Tensor]] = DataLoader(numbere
 convolutions = (nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU())
 net = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
 model = sfr.SFRWrapper(net)
-alpha = sfr.Ramp(0, 0.8, steps=EPOCHS * len(loader))  # the share of the past in the target
-criterion = sfr.SFRLoss(model, smoothing="past", num_samples=1440, alpha=alpha)
+config = sfr.SFRConfig.preset("few-labels", num_samples=1440, steps=EPOCHS * len(loader))  # alpha rises to 0.8
+criterion = sfr.SFRLoss(model, config)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 for epoch in range(1, EPOCHS + 1):

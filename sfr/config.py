@@ -27,6 +27,7 @@ Smoothing: TypeAlias = Literal["class_mean", "past", "uniform", "none"]
 Gate: TypeAlias = Literal["fitted", "none"]
 Update: TypeAlias = Literal["running", "epoch"]
 Reduction: TypeAlias = Literal["mean", "none"]
+Preset: TypeAlias = Literal["few-labels", "noisy-labels"]
 
 IGNORE_INDEX = -100  # that of F.cross_entropy
 DEFAULT_ALPHA: dict[str, float] = {"class_mean": 0.5, "past": 0.5, "uniform": 0.1, "none": 0.0}
@@ -205,6 +206,13 @@ class SFRConfig:
             self._freeze("pairs", tuple(_pair(pair) for pair in items("pairs", self.pairs)))
             if not self.pairs:
                 raise ValueError("pairs must hold at least one (shallow, deep) pair; got an empty sequence")
+
+    @classmethod
+    def preset(cls, purpose: Preset, **arguments: Any) -> SFRConfig:
+        """Return the configuration for a purpose, "few-labels" or "noisy-labels"; see :func:`sfr.presets.preset`."""
+        from sfr.presets import preset
+
+        return preset(purpose, **arguments)
 
     def weight_at(self, step: int) -> float:
         """Return λ of training step `step`, counted from 1."""

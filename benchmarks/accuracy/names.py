@@ -12,7 +12,8 @@ UNGATED, UNGATED_SMOOTHED = "sfr@gate=none", "sfr@gate=none,smoothing=class_mean
 EARLIER = "sfr@cost=sqeuclidean,weight=0.2,smoothing=class_mean"
 FEATURES = "sfr@cost=sqeuclidean,weight=0.2"
 PAST = "sfr@smoothing=past,alpha=0,alpha_end=0.8,cost=sqeuclidean,weight=0.2"
-# For wrong labels: with the feature term, and without.
+# The preset for few labels, and that for wrong ones, with the feature term and without.
+PAST_RISING = "sfr@smoothing=past,alpha=0,alpha_end=0.8"
 PAST_CONSTANT = "sfr@smoothing=past,alpha=0.8"
 PAST_LABELS = "sfr@smoothing=past,alpha=0.8,feature_weight=0"
 # By the size of the images: vanilla for as long as sfr takes.
@@ -37,6 +38,7 @@ PEERS = {
     EARLIER: "**sfr**, earlier default",
     FEATURES: "**sfr**, earlier default's features alone",
     PAST: "**sfr**, earlier default with past predictions",
+    PAST_RISING: "**sfr**, past predictions (preset few-labels)",
     "sfr-cutmix@cost=sqeuclidean,weight=0.2,smoothing=class_mean": "**sfr**, earlier default + CutMix",
 }
 LADDER = {
@@ -58,7 +60,7 @@ WRONG_LABELS = {
     "label-smoothing": "label smoothing 0.1",
     "elr": "ELR",
     PAST_LABELS: "**sfr**, past predictions (alpha 0.8) alone",
-    PAST_CONSTANT: "**sfr**, past predictions (alpha 0.8)",
+    PAST_CONSTANT: "**sfr**, past predictions (preset noisy-labels)",
 }
 FINE_TUNING = {
     BASE: "vanilla",

@@ -222,15 +222,17 @@ def test_the_plot_shows_the_tests_of_the_main_schedules_and_the_long_run_first(r
 
 
 def test_the_readme_has_a_row_for_each_situation_with_paired_gains_and_their_seeds(read):
+    own = {"schedule": "tenth-16px"}
     cells = [
-        *scored("vanilla", {0: 0.30, 1: 0.34}),
-        *scored("sfr", {0: 0.33, 1: 0.35}),
-        *scored(report.PAST, {1: 0.40}),
+        *scored("vanilla", {0: 0.30, 1: 0.34}, **own),
+        *scored("sfr", {0: 0.33, 1: 0.35}, **own),
+        *scored(report.PAST_CONSTANT, {1: 0.40}, **own),
         record("vanilla", 0, 0.5, schedule="no situation"),
-        record("sfr", 0, 0.5, schedule="tenth-16px"),  # without vanilla there is no gain
+        record("sfr", 0, 0.5, schedule="few-16px", part="held-out"),  # without vanilla there is no gain
     ]
     lines = report.readme_part(read(*cells)).splitlines()
-    assert lines[-1] == "| the same, 32 px | 32.0 | +2.00 ± 1.00 (2) |  |  | +6.00 (1) | `tenth` (test) |"
+    words = report.SITUATIONS["tenth-16px", "resnet20", "cifar100", "test"]
+    assert lines[-1] == f"| {words} | 32.0 | +2.00 ± 1.00 (2) | +6.00 (1) |  | `tenth-16px` (test) |"
     assert sum(line.startswith("| ") for line in lines) == 3  # with the head
     assert report.readme_part([]) == report.NOTHING_YET
 
@@ -336,7 +338,8 @@ def test_check_names_the_page_that_is_out_of_date_and_writes_nothing(tmp_path, m
 
 
 def test_what_is_written_passes_the_check_which_draws_nothing(read, tmp_path, monkeypatch):
-    read(*scored("vanilla", {0: 0.3}), *scored("sfr", {0: 0.31}), costs=COSTS)
+    own = {"schedule": "tenth-16px"}
+    read(*scored("vanilla", {0: 0.3}, **own), *scored("sfr", {0: 0.31}, **own), costs=COSTS)
     paths = {"README": "README.md", "PAGE": "accuracy.md", "PLOT": "plot.png", "ROOT": "", "CELLS": ""}
     for name, path in paths.items():
         monkeypatch.setattr(report, name, tmp_path / path)
