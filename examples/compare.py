@@ -9,6 +9,7 @@ the batches, so they are compared in pairs. The result is that of the last epoch
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "two lines": {},
     "class means": {"smoothing": "class_mean"},
-    "past predictions": {"smoothing": "past", "alpha": 0.8},
+    "past predictions": {"preset": "noisy-labels"},
 }
+BATCH = 25
 COLUMNS = ("accuracy, %", "calibration error, %", "test loss")
 
 
@@ -82,13 +84,12 @@ def trained(images: Tensor, labels: Tensor, epochs: int, seed: int, settings: di
     model: Any = network()
     criterion: nn.Module = nn.CrossEntropyLoss()
     if settings is not None:
-        past = {"num_samples": len(labels)} if settings.get("smoothing") == "past" else {}
         model = sfr.SFRWrapper(model)  # the two lines
-        criterion = sfr.SFRLoss(model, settings | past)
+        criterion = sfr.SFRLoss(model, switches(settings, len(labels), epochs * math.ceil(len(labels) / BATCH)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for _ in range(epochs):
-        for batch in torch.randperm(len(labels), generator=order).split(25):
+        for batch in torch.randperm(len(labels), generator=order).split(BATCH):
             which = {} if settings is None else {"index": batch}  # only past predictions look at it
             loss = criterion(model(images[batch]), labels[batch], **which)
             optimizer.zero_grad()
@@ -96,6 +97,13 @@ def trained(images: Tensor, labels: Tensor, epochs: int, seed: int, settings: di
             optimizer.step()
         schedule.step()
     return (model if settings is None else model.unwrap()).eval()
+
+
+def switches(settings: dict[str, Any], samples: int, steps: int) -> sfr.SFRConfig | dict[str, Any]:
+    """Return the configuration of SFRLoss, which for past predictions depends on the training."""
+    if "preset" in settings:
+        return sfr.SFRConfig.preset(settings["preset"], num_samples=samples, steps=steps)
+    return settings | ({"num_samples": samples} if settings.get("smoothing") == "past" else {})
 
 
 def network() -> nn.Module:

@@ -12,10 +12,9 @@ UNGATED, UNGATED_SMOOTHED = "sfr@gate=none", "sfr@gate=none,smoothing=class_mean
 EARLIER = "sfr@cost=sqeuclidean,weight=0.2,smoothing=class_mean"
 FEATURES = "sfr@cost=sqeuclidean,weight=0.2"
 PAST = "sfr@smoothing=past,alpha=0,alpha_end=0.8,cost=sqeuclidean,weight=0.2"
-# The preset for few labels, and that for wrong ones, with the feature term and without.
-PAST_RISING = "sfr@smoothing=past,alpha=0,alpha_end=0.8"
-PAST_CONSTANT = "sfr@smoothing=past,alpha=0.8"
-PAST_LABELS = "sfr@smoothing=past,alpha=0.8,feature_weight=0"
+FEW_LABELS, NOISY_LABELS = "sfr@preset=few-labels", "sfr@preset=noisy-labels"
+# What the latter is without the feature term.
+NOISY_ALONE = "sfr@preset=noisy-labels,feature_weight=0"
 # By the size of the images: vanilla for as long as sfr takes.
 LONGER = {32: "vanilla-longer@factor=1.02", 16: "vanilla-longer@factor=1.1"}
 PEERS = {
@@ -38,7 +37,7 @@ PEERS = {
     EARLIER: "**sfr**, earlier default",
     FEATURES: "**sfr**, earlier default's features alone",
     PAST: "**sfr**, earlier default with past predictions",
-    PAST_RISING: "**sfr**, past predictions (preset few-labels)",
+    FEW_LABELS: "**sfr**, preset few-labels (past predictions)",
     "sfr-cutmix@cost=sqeuclidean,weight=0.2,smoothing=class_mean": "**sfr**, earlier default + CutMix",
 }
 LADDER = {
@@ -59,8 +58,8 @@ WRONG_LABELS = {
     BASE: "vanilla",
     "label-smoothing": "label smoothing 0.1",
     "elr": "ELR",
-    PAST_LABELS: "**sfr**, past predictions (alpha 0.8) alone",
-    PAST_CONSTANT: "**sfr**, past predictions (preset noisy-labels)",
+    NOISY_ALONE: "**sfr**, preset noisy-labels without the feature term",
+    NOISY_LABELS: "**sfr**, preset noisy-labels (past predictions)",
 }
 FINE_TUNING = {
     BASE: "vanilla",
