@@ -203,6 +203,14 @@ def test_held_out_cells_are_not_judged_on_corrupted_images(tmp_path, monkeypatch
     assert "corrupted" not in json.loads((tmp_path / task.file).read_text())
 
 
+def test_cells_of_larger_photographs_are_not_judged_on_corruptions_made_for_cifar(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "SMALL_SOURCES", {"cifar10": None})
+    cached_images(tmp_path, some_images(20), some_images(2, seed=1))
+    task = Cell("vanilla", 0, "test", "tiny", "resnet8", "cifar10")
+    run_cell(task, TINY, None, tmp_path, tmp_path, CPU)
+    assert "corrupted" not in json.loads((tmp_path / task.file).read_text())
+
+
 @pytest.mark.parametrize("name", corruptions.CORRUPTIONS)
 def test_a_corruption_grows_with_its_severity_and_repeats(name):
     smooth = torch.nn.functional.interpolate(torch.rand(4, 3, 6, 6, generator=torch.Generator().manual_seed(0)), 32)
