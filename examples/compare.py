@@ -9,7 +9,6 @@ the batches, so they are compared in pairs. The result is that of the last epoch
 """
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "two lines": {},
     "class means": {"smoothing": "class_mean"},
-    "past predictions": {"preset": "noisy-labels"},
+    "past predictions": {"smoothing": "past"},
 }
-BATCH = 25
 COLUMNS = ("accuracy, %", "calibration error, %", "test loss")
 
 
@@ -39,9 +37,7 @@ def main() -> None:
     add("--epochs", type=int, default=40)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--picture", type=Path, default=Path("runs/compare.png"))
-    add(
-        "--sfr", nargs="+", type=key_value, default=[], metavar="KEY=VALUE", help="one more method: switches of SFRLoss"
-    )
+    add("--sfr", nargs="+", type=key_value, default=[], metavar="KEY=VALUE", help="one more method, by its switches")
     args = parser.parse_args()
     if args.sfr:
         METHODS["as given"] = dict(args.sfr)
@@ -85,11 +81,14 @@ def trained(images: Tensor, labels: Tensor, epochs: int, seed: int, settings: di
     criterion: nn.Module = nn.CrossEntropyLoss()
     if settings is not None:
         model = sfr.SFRWrapper(model)  # the two lines
-        criterion = sfr.SFRLoss(model, switches(settings, len(labels), epochs * math.ceil(len(labels) / BATCH)))
+        if settings.get("smoothing") == "past":
+            of_training = {"num_samples": len(labels), "steps": epochs * -(-len(labels) // 25)}
+            settings = sfr.SFRConfig.preset("noisy-labels", **of_training, **settings).to_dict()
+        criterion = sfr.SFRLoss(model, settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for _ in range(epochs):
-        for batch in torch.randperm(len(labels), generator=order).split(BATCH):
+        for batch in torch.randperm(len(labels), generator=order).split(25):
             which = {} if settings is None else {"index": batch}  # only past predictions look at it
             loss = criterion(model(images[batch]), labels[batch], **which)
             optimizer.zero_grad()
@@ -97,13 +96,6 @@ def trained(images: Tensor, labels: Tensor, epochs: int, seed: int, settings: di
             optimizer.step()
         schedule.step()
     return (model if settings is None else model.unwrap()).eval()
-
-
-def switches(settings: dict[str, Any], samples: int, steps: int) -> sfr.SFRConfig | dict[str, Any]:
-    """Return the configuration of SFRLoss, which for past predictions depends on the training."""
-    if "preset" in settings:
-        return sfr.SFRConfig.preset(settings["preset"], num_samples=samples, steps=steps)
-    return settings | ({"num_samples": samples} if settings.get("smoothing") == "past" else {})
 
 
 def network() -> nn.Module:

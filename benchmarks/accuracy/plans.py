@@ -160,6 +160,8 @@ PLANS = {
         Round("tenth-16px", "held-out", (100,), SCANNED_ONCE),
         Round("full-30-16px", "held-out", (100,), SCANNED_FULL),
         Round("tenth", "held-out", (100, 101), ("vanilla", EARLIER, FEATURES)),
+        Round("few-16px", "held-out", (100, 101), ("sfr@weight=1",)),
+        Round("vit", "held-out", (100,), ("sfr@weight=1",), "vit-small-images", "cifar10"),
         *REGIMES,
     ],
     "cpu": [
