@@ -28,9 +28,13 @@ class TensorState(nn.Module):
         return {name: torch.tensor(getattr(self, name)) for name in self.required_names}
 
     def load_tensor_state(self, state: Mapping[str, Any]) -> None:
-        """Take over a state, copies of :meth:`tensor_state`; what is missing there is at its beginning."""
+        """Take over a state, copies of :meth:`tensor_state`; what is missing there is at its beginning.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
         for name in self.required_names:
-            setattr(self, name, int(state[name]))
+            setattr(self, name, whole_number(name, state[name]))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -56,7 +60,14 @@ class TensorState(nn.Module):
         return {prefix + name: torch.as_tensor(value) for name, value in (extra_state or {}).items()}
 
 
-def copy_of(value: Tensor) -> Tensor:
+def copy_of(value: Any) -> Tensor:
     """Return a copy that may be written into, also inside ``torch.inference_mode()``."""
     with torch.inference_mode(False):
-        return value.detach().clone()
+        return torch.as_tensor(value).detach().clone()
+
+
+def whole_number(name: str, value: Tensor) -> int:
+    """Return a count that a state holds, or raise a ``ValueError`` if it is none."""
+    if value.numel() != 1 or not value.isfinite().all() or value.item() != int(value) or value.item() < 0:
+        raise ValueError(f"the state is damaged: {name!r} must be one whole number, at least 0; got {value!r}")
+    return int(value)

@@ -289,3 +289,52 @@ def test_a_wrapped_model_that_was_pickled_before_there_were_branches_trains_on(m
     criterion(model(batch[0]), batch[1]).backward()
     assert criterion.last.feature > 0
     assert criterion.report(batch[0], repeats=1).pairs
+
+
+@every_mode
+@pytest.mark.parametrize("step", [-5, 2.5, float("nan"), [3, 4]])
+def test_a_step_that_is_no_count_is_refused(new_run, options, step):
+    model, criterion = new_run(options)
+    train((model, criterion), range(2))
+    state = criterion.state_dict() | {"step": torch.tensor(step)}
+    with pytest.raises(ValueError, match="damaged: 'step' must be one whole number"):
+        criterion.load_state_dict(state)
+
+
+def test_a_step_may_be_a_number_of_python(new_run):
+    _, criterion = new_run({})
+    criterion.load_state_dict(criterion.state_dict() | {"step": 7})
+    assert criterion.step == 7
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -0.5, 3.0])
+def test_a_damaged_table_of_past_predictions_is_refused(new_run, value):
+    run = new_run(MODES["past"])
+    train(run, range(2))
+    state = run[1].state_dict()
+    state["labels.past.table"][3, 2] = value
+    with pytest.raises(ValueError, match="damaged: 'table'"):
+        run[1].load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["distributions", "counts", "sums"])
+def test_statistics_of_the_wrong_number_of_axes_are_refused(new_run, name):
+    run = new_run(MODES["epoch"])
+    train(run, range(3))
+    state = run[1].state_dict()
+    state[f"labels.{name}"] = state[f"labels.{name}"].flatten()[:, None, None]
+    with pytest.raises(ValueError, match=f"damaged: '{name}'"):
+        run[1].load_state_dict(state)
+
+
+@pytest.mark.parametrize(("before", "after"), [("running", "epoch"), ("epoch", "running")])
+def test_class_means_go_on_with_the_other_update(new_run, before, after):
+    own = {name: options | {"feature_weight": 0.25} for name, options in MODES.items()}
+    run, other = new_run(own[before]), new_run(own[after])
+    train(run, range(4))
+    state = run[1].state_dict()
+    other[1].load_state_dict(state)
+    assert torch.equal(other[1].labels.distributions, state["labels.distributions"])
+    train(other, range(4, 8))
+    assert not torch.equal(other[1].labels.distributions, state["labels.distributions"])
+    assert len(other[1].labels.sums) == (CLASSES if after == "epoch" else 0)

@@ -9,15 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sfr.config import Update
-from sfr.labels.source import Batch
+from sfr.labels.source import Batch, check_sound
 from sfr.labels.targets import rows_of
 
 # Above so many classes a step exchanges and updates only the rows of S whose class was seen. The host of an accelerator
 # has to wait to know which, and is spared that as long as the whole of S is a small message (16 MiB).
 ALL_ROWS_UP_TO = 2048
 ALL_ROWS_ON_CPU_UP_TO = 128
-
-SUMS_WITHIN = 0.05  # of 1: what half precision leaves of the sums of a thousand classes
 
 STATISTICS = ("distributions", "sums", "counts")
 
@@ -140,17 +138,23 @@ class ClassMeans:
         return statistics
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take over statistics as :meth:`state` returns them.
+        """Take over statistics as :meth:`state` returns them; with "epoch", those of running means begin an epoch.
 
         Raises:
             ValueError: if they are damaged.
         """
         self.forget()
-        for name, value in state.items():
-            sums = name == "distributions" and len(value) and (value.float().sum(dim=1) - 1).abs().amax() > SUMS_WITHIN
-            if value.numel() and (not value.isfinite().all() or value.amin() < 0 or sums):
-                raise ValueError(f"the label statistics are damaged: {name!r} holds what no training leaves there")
-        self._set({name: state[name] for name in STATISTICS if len(state.get(name, ()))})
+        found = {name: state[name] for name in STATISTICS if name in state and state[name].numel()}
+        for name, value in found.items():
+            check_sound(
+                name, value, axes=1 if name == "counts" else 2, sums=(1, 1) if name == "distributions" else None
+            )
+        if self.update == "running":
+            found.pop("sums", None)
+        elif "distributions" in found and "sums" not in found:
+            found = self.beginning(len(found["distributions"]), found["distributions"]) | found
+            found["counts"] = torch.zeros_like(found["counts"])
+        self._set(found)
 
 
 def _class_sums(log_probabilities: Tensor, label: Tensor, classes: Tensor, images: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sfr.checks import check_number, plain_number
 from sfr.config import check_momentum
-from sfr.labels.source import Batch
+from sfr.labels.source import Batch, check_sound
 from sfr.state import TensorState
 
 
@@ -134,9 +134,14 @@ class PastPredictions(TensorState):
         return {} if self.expected_classes is None else {"table": self._beginning(self.expected_classes)}
 
     def load_tensor_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the table; called by ``load_state_dict``."""
+        """Restore the table; called by ``load_state_dict``.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
         self._forget()
         if "table" in state and state["table"].any():
+            check_sound("table", state["table"], axes=2, sums=(0, 1))
             self.table = state["table"]
 
     def extra_repr(self) -> str:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SUMS_WITHIN = 0.05  # what half precision leaves of the sums of a thousand classes
+
 
 class Batch(NamedTuple):
     """One training step as the label term sees it, a row for each position: N = B, or B times the pixels of an image.
@@ -55,3 +57,20 @@ class Source(Protocol):
 
     def observe(self, batch: Batch) -> None:
         """Take in what the network says in this step; with `sync`, on all ranks."""
+
+
+def check_sound(name: str, value: Tensor, *, axes: int, sums: tuple[float, float] | None = None) -> None:
+    """Raise a ``ValueError`` if statistics that a state holds cannot come from a training.
+
+    Args:
+        name: what they are called there.
+        value: not empty.
+        axes: how many they have.
+        sums: between what the rows sum to.
+    """
+    sound = value.ndim == axes and bool(value.amin() >= 0) and bool(value.amax() < torch.inf)  # NaN is neither
+    if sound and sums is not None:
+        totals = value.sum(dim=1, dtype=torch.promote_types(value.dtype, torch.float32))
+        sound = bool(totals.amin() >= sums[0] - SUMS_WITHIN) and bool(totals.amax() <= sums[1] + SUMS_WITHIN)
+    if not sound:
+        raise ValueError(f"the label statistics are damaged: {name!r} holds what no training leaves there")
