@@ -23,7 +23,7 @@ from sfr.config import (
     todays_switches,
 )
 from sfr.labels.class_means import STATISTICS, ClassMeans
-from sfr.labels.cross_entropy import cross_entropy, cross_entropy_towards, may_hold_infinity
+from sfr.labels.cross_entropy import cross_entropy, cross_entropy_towards, may_hold_impossible
 from sfr.labels.past_predictions import PastPredictions
 from sfr.labels.source import Batch, Source
 from sfr.labels.targets import checked_target, smooth_labels
@@ -66,8 +66,8 @@ class DynamicLabelSmoothing(TensorState):
     to 0.8 over the training); with a momentum below 1 it is a running mean of all that was said of the sample. It is
     for classification with class indices: a mixed image has no past.
 
-    A class whose logit is -inf is impossible for the sample: S leaves it out, so that the loss is finite wherever the
-    plain cross-entropy is.
+    A class whose logit is -inf, or a thousand below others as behind a mask of -1e4, is impossible for the sample: S
+    leaves it out, so that the loss is finite and moderate wherever the plain cross-entropy is.
 
     In evaluation mode the loss is the plain cross-entropy and nothing is updated. An empty batch gives NaN, as there.
 
@@ -210,7 +210,7 @@ class DynamicLabelSmoothing(TensorState):
         self._check_source(logits, target, index)
         alpha = self.current_alpha()
         self.step += 1
-        if self.source is None and not may_hold_infinity(logits):
+        if self.source is None and not may_hold_impossible(logits):
             return cross_entropy(logits, target, self.ignore_index, alpha)
         return self._towards_the_source(logits, target, index, alpha)
 
