@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from sfr.checks import near_names
-from sfr.config import SFRConfig, no_such_field
-from sfr.old_names import OF_THE_WRAPPER, OLD_NAMES
+from sfr.config import IGNORE_INDEX, SFRConfig, no_such_field
+from sfr.old_names import OF_THE_WRAPPER, OLD_NAMES, near_old_names
+from sfr.ramp import Ramp
 
 MEAN = (
     "the loss is the mean over the batch: multiply it by len(target) for the sum; the plain losses of single images "
@@ -44,13 +46,18 @@ def configuration(config: object, switches: Mapping[str, Any], default: SFRConfi
     return dataclasses.replace(config or default, **switches)
 
 
-def check_label_loss(label_loss: object, config: SFRConfig, switches: Mapping[str, Any]) -> None:
-    """Raise if the user's own loss cannot be called, or `config` or the `switches` ask for what it makes idle."""
+def check_label_loss(
+    label_loss: object, config: SFRConfig, switches: Mapping[str, Any], num_classes: int | None
+) -> None:
+    """Raise if the user's own loss cannot be called, or if one of the other arguments asks for what it makes idle."""
     if label_loss is not None and switches.get("gate", "none") != "none":
         raise ValueError(
             f"gate={switches['gate']!r} has no effect beside label_loss, where the feature term always counts in full: "
             "leave one of them out"
         )
+    if label_loss is not None and (num_classes is not None or config.ignore_index != IGNORE_INDEX):
+        idle = f"ignore_index={config.ignore_index}" if num_classes is None else f"num_classes={num_classes}"
+        raise ValueError(f"{idle} has no effect beside label_loss, which takes the whole target: give it to that loss")
     if isinstance(label_loss, type):
         name = label_loss.__name__
         raise TypeError(f"label_loss must be an instance; got the class {name}: pass label_loss={name}(...)")
@@ -80,7 +87,7 @@ def check_wrapper_arguments(names: Mapping[str, Any]) -> None:
 
 def _instead(name: str, value: object) -> str:
     """Return what to write for an argument that SFRLoss does not take: of nn.CrossEntropyLoss, old, or misspelled."""
-    if name == "weight" and isinstance(value, Tensor):
+    if name == "weight" and not isinstance(value, (numbers.Real, Ramp)):
         return CLASS_WEIGHTS
     if name in INSTEAD:
         return INSTEAD[name]
@@ -90,5 +97,5 @@ def _instead(name: str, value: object) -> str:
         shown = repr(value) if isinstance(value, (str, int, list, tuple)) else "..."
         return f"set it where the model is wrapped: SFRWrapper(model, {name}={shown})"
     known = [*SFRConfig.__dataclass_fields__, "label_loss", "num_classes", "supervisor"]
-    near = near_names(name, known) or ", ".join(repr(OLD_NAMES[old]) for old in OLD_NAMES if near_names(name, [old]))
+    near = near_names(name, known) or near_old_names(name)
     return f"near names: {near}" if near else f"it takes {', '.join(known)}"

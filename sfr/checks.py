@@ -47,4 +47,4 @@ def items(argument: str, value: object) -> tuple[Any, ...]:
     """Return a sequence as a tuple, or raise a ``TypeError`` naming `argument`."""
     if isinstance(value, bytes) or not isinstance(value, Iterable):
         raise TypeError(f"{argument} must be a sequence or a string; got {type(value).__name__} {value!r}")
-    return tuple(value)
+    return tuple(value.tolist() if isinstance(value, np.ndarray) else value)

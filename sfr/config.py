@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, TypeAlias, TypedDict
 
 from sfr.checks import check_choice, check_number, items, near_names, plain_number
-from sfr.old_names import OLD_NAMES, current_names
+from sfr.old_names import OLD_NAMES, current_names, near_old_names
 from sfr.ramp import Ramp
 from sfr.warn import deprecated
 
@@ -234,7 +234,7 @@ class SFRConfig:
 
     def without_label_term(self) -> SFRConfig:
         """Return a configuration that goes with a loss of the user's own: what belongs to the label term is unset."""
-        names = ("smoothing", "num_samples", *(name for names in EFFECTIVE for name in names))
+        names = ("smoothing", "num_samples", "ignore_index", *(name for names in EFFECTIVE for name in names))
         return replace(self, **{name: getattr(SFRConfig, name) for name in names})
 
     def _freeze(self, name: str, value: Any) -> None:
@@ -284,7 +284,7 @@ def no_such_field(names: Iterable[str], also: Iterable[str] = ()) -> str:
     """Return what to say of the names that are no fields of :class:`SFRConfig`, nor among `also`; "" if all are."""
     known = [*(field.name for field in fields(SFRConfig)), *also]
     unknown = [name for name in names if name not in known]
-    near = ", ".join(filter(None, (near_names(name, known) for name in unknown)))
+    near = ", ".join(filter(None, (near_names(name, known) or near_old_names(name) for name in unknown)))
     hint = f"the near names {near}" if near else ", ".join(map(repr, known))
     return f"{unknown}; it has {hint}" if unknown else ""
 

@@ -97,7 +97,7 @@ class SFRLoss(DropInLoss):
         object.__setattr__(self, "_model", wrapped_in(model))
         record = known_record(self._model)
         self.config = configuration(config, switches, record.config)
-        check_label_loss(label_loss, self.config, switches)
+        check_label_loss(label_loss, self.config, switches, num_classes)
         self.label_loss = label_loss
         self.labels = DynamicLabelSmoothing(num_classes=num_classes, **self.config.of_labels())
         if label_loss is None and num_classes is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sfr.checks import check_number
+from sfr.checks import check_number, near_names
 from sfr.ramp import Ramp
 
 # Arguments of SFRWrapper, which configurations of before 0.2 held, too.
@@ -17,6 +17,11 @@ OLD_NAMES = {
     "alpha_end": "alpha=Ramp(alpha, alpha_end, alpha_steps)",
     "alpha_steps": "alpha=Ramp(alpha, alpha_end, alpha_steps)",
 }
+
+
+def near_old_names(name: object) -> str:
+    """Return what takes the place of the old names that are spelled most like this one, for an error."""
+    return ", ".join(repr(OLD_NAMES[old]) for old in OLD_NAMES if near_names(name, [old]))
 
 
 def current_names(values: Mapping[str, Any], weight: float | Ramp, alphas: Mapping[str, float]) -> dict[str, Any]:

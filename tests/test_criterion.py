@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -573,6 +574,8 @@ def test_numbers_of_samples_by_position_are_an_error_that_says_how(build, batch,
     [
         ({"weight": 0.1}, "no argument 'weight'; it is called feature_weight"),
         ({"weight": torch.ones(10)}, r"class weights.*label_loss=nn.CrossEntropyLoss\(weight=...\)"),
+        ({"weight": [1.0] * 10}, r"class weights.*label_loss=nn.CrossEntropyLoss\(weight=...\)"),
+        ({"weight": np.ones(10)}, r"class weights.*label_loss=nn.CrossEntropyLoss\(weight=...\)"),
         ({"label_smoothing": 0.1}, r"SFRLoss\(model, smoothing='uniform', alpha=0.1\)"),
         ({"reduction": "sum"}, r"mean over the batch: multiply it by len\(target\)"),
         ({"layout": "tokens"}, r"set it where the model is wrapped: SFRWrapper\(model, layout='tokens'\)"),
@@ -686,6 +689,41 @@ def test_a_gate_beside_a_label_loss_is_an_error_that_says_so(make_net):
     with pytest.raises(ValueError, match="gate='fitted' has no effect beside label_loss"):
         sfr.SFRLoss(model, gate="fitted", label_loss=F.cross_entropy)
     assert sfr.SFRLoss(model, gate="none", label_loss=F.cross_entropy).config.gate == "none"
+
+
+@pytest.mark.parametrize("idle", [{"ignore_index": 3}, {"num_classes": 10}, {"config": {"ignore_index": 255}}])
+def test_what_belongs_to_the_label_term_is_an_error_beside_a_label_loss(make_net, idle):
+    with pytest.raises(ValueError, match=r"(ignore_index|num_classes)=.* has no effect beside label_loss"):
+        sfr.SFRLoss(sfr.SFRWrapper(make_net()), label_loss=F.cross_entropy, **idle)
+
+
+def test_the_near_name_of_a_misspelled_old_one_is_told_of_a_mapping_too(make_net):
+    with pytest.raises(ValueError, match=r"wieght.*near names 'feature_weight'"):
+        sfr.SFRLoss(sfr.SFRWrapper(make_net()), {"wieght": 1})
+
+
+def test_pairs_may_be_an_array(make_net, batch):
+    criterion = sfr.SFRLoss(sfr.SFRWrapper(make_net()), pairs=np.array([[0, 2]]))
+    assert criterion.config.pairs == ((0, 2),)
+    criterion(criterion.model(batch[0]), batch[1])
+    assert len(criterion.last.pairs) == 1
+
+
+def test_an_auxiliary_loss_is_not_taken_for_logits(make_net, batch):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = make_net()
+
+        def forward(self, images):
+            logits = self.net(images)
+            return {"logits": logits, "aux_loss": logits.square().mean(dim=1)}
+
+    model = sfr.SFRWrapper(Net())
+    with pytest.raises(
+        ValueError, match=r"criterion\(output\['logits'\], target\) \+ 0\.5 \* output\['aux_loss'\]\.mean"
+    ):
+        sfr.SFRLoss(model)(model(batch[0]), batch[1])
 
 
 def test_the_parts_of_a_loss_are_printed_with_their_values(make_net, batch):

@@ -25,6 +25,8 @@ def read_weights(file: str, option: str) -> dict[str, Tensor]:
         weights = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else "it is empty"
+        if isinstance(error, pickle.UnpicklingError):  # which advises to execute what is in it
+            reason = "it is not what torch.save writes, or holds more than tensors"
         raise SystemExit(f"{option}: {file} is not a readable file of weights: {reason}") from error
     if not isinstance(weights, dict):
         raise SystemExit(f"{option}: {file} holds no weights, but a {type(weights).__name__}")

@@ -22,13 +22,20 @@ def channel_segments(nodes: Tensor, channels: int) -> Tensor:
         Segments of shape (B, G, N, channels).
 
     Raises:
-        ValueError: if `channels` is not in [1, C].
+        TypeError: if the nodes are no floating-point tensor, or `channels` is no integer.
+        ValueError: if the nodes have another number of axes, or `channels` is not in [1, C].
 
     Example:
         >>> import torch
         >>> channel_segments(torch.zeros(2, 5, 64), 16).shape
         torch.Size([2, 4, 5, 16])
     """
+    if not isinstance(nodes, Tensor) or not nodes.is_floating_point():
+        raise TypeError(f"nodes must be a floating-point tensor; got {getattr(nodes, 'dtype', type(nodes).__name__)}")
+    if nodes.ndim != 3:
+        raise ValueError(f"nodes must have shape (B, N, C); got {tuple(nodes.shape)}")
+    if not isinstance(channels, int):
+        raise TypeError(f"channels must be an integer; got {channels!r}")
     batch, count, width = nodes.shape
     if not 1 <= channels <= width:
         raise ValueError(f"channels must lie in [1, {width}], the channels of the nodes; got {channels}")

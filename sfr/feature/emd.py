@@ -52,6 +52,7 @@ def emd_l2(
         A 0-d tensor, or shape (B,) for ``reduction="none"``; float32 (float64 for float64 nodes).
 
     Raises:
+        TypeError: for nodes that are no floating-point tensor.
         ValueError: for shapes that do not fit, or an unknown option.
 
     Reference:
@@ -66,13 +67,26 @@ def emd_l2(
     check_choice("cost", cost, Cost)
     check_choice("marginals", marginals, Marginals)
     check_choice("reduction", reduction, Reduction)
-    if shallow.ndim != 3 or deep.ndim != 3 or shallow.shape[::2] != deep.shape[::2]:
-        raise ValueError(
-            "shallow and deep must be nodes of shape (B, N, C) and (B, M, C) with equal B and C; "
-            f"got {tuple(shallow.shape)} and {tuple(deep.shape)}"
-        )
+    _check_nodes(shallow, deep)
     [value] = emd_l2_of_pairs([(shallow, deep)], cost=cost, marginals=marginals, solver=solver)
     return value.mean() if reduction == "mean" else value
+
+
+def _check_nodes(shallow: Tensor, deep: Tensor) -> None:
+    for name, nodes in {"shallow": shallow, "deep": deep}.items():
+        if not isinstance(nodes, Tensor) or not nodes.is_floating_point():
+            kind = getattr(nodes, "dtype", type(nodes).__name__)
+            raise TypeError(f"{name} must be a floating-point tensor of nodes; got {kind}")
+    if (
+        shallow.ndim != 3
+        or deep.ndim != 3
+        or shallow.shape[::2] != deep.shape[::2]
+        or 0 in (*shallow.shape[1:], deep.shape[1])
+    ):
+        raise ValueError(
+            "shallow and deep must be nodes of shape (B, N, C) and (B, M, C) with equal B and C, and N, M and C of at "
+            f"least 1; got {tuple(shallow.shape)} and {tuple(deep.shape)}"
+        )
 
 
 def emd_l2_of_pairs(
@@ -165,6 +179,7 @@ def transport_plan(
         >>> transport_plan(nodes, nodes.roll(1, dims=1)).argmax(dim=2)
         tensor([[1, 2, 0]])
     """
+    _check_nodes(shallow, deep)
     with torch.autocast(shallow.device.type, enabled=False):
         [side] = _comparable([(shallow, deep)], cost, marginals)
         return solve(squared_cost(side.shallow, side.deep), side.a, side.b, solver)

@@ -17,7 +17,12 @@ OTHER_LOSSES = (
 ONE_HOT = "If it is one-hot, pass target.argmax(dim=1), or target.float() as soft targets"
 INDICES = "If these are class indices, pass target.long()"
 ORDER = "The order is criterion(output, target)"
+ONE_COLUMN = "Pass target.squeeze(1)"
 CLASSES_LAST = "Axis 1 of the logits is the classes; if yours are last, pass logits.movedim(-1, 1)"
+ONE_EACH = "Give one label for each prediction"
+SEVERAL_LABELS = (
+    "For several labels an image pass another loss, as in SFRLoss(model, label_loss=nn.BCEWithLogitsLoss())"
+)
 
 
 def smooth_labels(target: Tensor, distributions: Tensor, alpha: float) -> Tensor:
@@ -51,7 +56,7 @@ def smooth_labels(target: Tensor, distributions: Tensor, alpha: float) -> Tensor
         raise ValueError(
             f"distributions must have shape (K, K), a row for each class; got {tuple(distributions.shape)}"
         )
-    _check_distributions(distributions, wait=False, of="distributions: the rows")
+    _check_distributions(distributions, wait=False, of="distributions: the rows", hint="")
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor; got {type(target).__name__}")
     classes = len(distributions)
@@ -104,14 +109,22 @@ def checked_target(logits: Tensor, target: Tensor, ignore_index: int = IGNORE_IN
         _check_distributions(target, wait)
         return target
     if target.shape != expected:
-        one_hot = target.shape == logits.shape
         raise ValueError(
             f"target: class indices must have shape {expected} for logits of shape {tuple(logits.shape)}; got "
-            f"{tuple(target.shape)}. {ONE_HOT if one_hot else CLASSES_LAST}"
+            f"{tuple(target.shape)}. {_what_to_pass(logits.shape, target.shape)}"
         )
     target = target.long()
     _check_range(target, logits.shape[1], ignore_index)
     return target
+
+
+def _what_to_pass(logits: torch.Size, target: torch.Size) -> str:
+    """Return what to do about class indices whose shape does not fit."""
+    if target == logits:
+        return ONE_HOT
+    if target == (logits[0], 1, *logits[2:]):
+        return ONE_COLUMN
+    return CLASSES_LAST if len(logits) > 2 and target == logits[:-1] else ONE_EACH
 
 
 def check_logits(logits: object) -> None:
@@ -125,18 +138,16 @@ def check_logits(logits: object) -> None:
         )
 
 
-def _check_distributions(target: Tensor, wait: bool, of: str = "target: the rows of soft targets") -> None:
+def _check_distributions(
+    target: Tensor, wait: bool, of: str = "target: the rows of soft targets", hint: str = f". {SEVERAL_LABELS}"
+) -> None:
     """Raise unless soft targets, with the classes on axis 1, are distributions."""
     if target.device.type != "cpu" and not wait:
         return
     sums = target.detach().sum(dim=1, dtype=torch.promote_types(target.dtype, torch.float32))
     wrong = sums[~((sums - 1).abs() <= SUM_TOLERANCE)]
     if len(wrong):
-        raise ValueError(
-            f"{of} must sum to 1 over the classes, on axis 1; got a sum of "
-            f"{wrong[0].item():g}. For several labels an image pass another loss, as in "
-            "SFRLoss(model, label_loss=nn.BCEWithLogitsLoss())"
-        )
+        raise ValueError(f"{of} must sum to 1 over the classes, on axis 1; got a sum of {wrong[0].item():g}{hint}")
     if target.numel() and target.detach().amin() < -SUM_TOLERANCE:
         raise ValueError(f"{of} must not be negative; got {target.detach().amin().item():g}")
 

@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch import nn
+from torch.utils.data import DataLoader
 
 
 def forward_arguments(
@@ -20,12 +22,16 @@ def forward_arguments(
         keywords: more of them, by name.
 
     Raises:
-        TypeError: if the model's forward does not take them.
+        TypeError: if the model's forward does not take them, or if one is a loader or an array of NumPy.
     """
     only = example_input[0] if len(example_input) == 1 else example_input
     by_name = isinstance(only, Mapping) and len(only) > 0
     kwargs = dict(only, **keywords) if by_name else dict(keywords)
     args = () if by_name else tuple(only) if isinstance(only, (tuple, list)) else (only,)
+    for each in (*args, *kwargs.values()):
+        if isinstance(each, (DataLoader, np.ndarray)):
+            wanted = "a batch of it" if isinstance(each, DataLoader) else "torch.from_numpy(...)"
+            raise TypeError(f"the model is called with tensors; got a {type(each).__name__}: give it {wanted}")
     try:
         signature = inspect.signature(model.forward)
     except ValueError:

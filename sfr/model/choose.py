@@ -233,8 +233,8 @@ def _why_few(trace: Trace) -> str:
         return f": no output has the batch, {trace.batch}, as its first axis: {name!r} has shape {shape}"
     if trace.without_gradient:
         return (
-            f": {len(trace.without_gradient)} module(s) ran without gradient, as {trace.without_gradient[0]!r}, and "
-            "what runs under torch.no_grad() cannot be a stage, nor would it learn as one"
+            f": {len(trace.without_gradient)} module(s) ran without gradient, as {trace.without_gradient[0]!r}. With "
+            "gradient checkpointing pass use_reentrant=False; what runs under torch.no_grad() cannot be a stage"
         )
     weighty = {sighting.name for sighting in trace.sightings if any(True for _ in sighting.module.parameters())}
     repeated = [name for name, count in trace.calls.items() if count > 1 and name in weighty]

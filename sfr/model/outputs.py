@@ -55,10 +55,11 @@ def the_logits(output: Any) -> Tensor:
     ]
     if auxiliary:
         access = "output[{!r}]" if isinstance(output, Mapping) else "output.{}"
-        others = "".join(f" + 0.5 * F.cross_entropy({access.format(name)}, target)" for name in auxiliary)
+        losses = ("F.cross_entropy({}, target)" if parts[name].ndim > 1 else "{}.mean()" for name in auxiliary)
+        others = (f" + 0.5 * {loss}".format(access.format(name)) for loss, name in zip(losses, auxiliary, strict=True))
         raise ValueError(
-            "output holds auxiliary logits, which would get no loss; use "
-            f"criterion({access.format(found[0])}, target){others}"
+            "output holds auxiliary logits or losses, which would be left out; use "
+            f"criterion({access.format(found[0])}, target){''.join(others)}"
         )
     return logits
 

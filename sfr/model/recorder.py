@@ -15,8 +15,10 @@ from sfr.model.outputs import feature_of, logits_in, tensors_in
 from sfr.model.supervisor import Arguments
 from sfr.warn import warn_user
 
-# Training forwards in a row whose features nobody used, before a warning says so.
-UNUSED_UNTIL_WARNING = 10
+# Training forwards in a row whose features nobody used, before a warning says so: if nobody ever has, and if somebody
+# has. An attack on the images takes ten or twenty forwards with a plain loss before each step.
+UNUSED_UNTIL_WARNING = 30
+IDLE_UNTIL_WARNING = 100
 # Training forwards in a row in which a stage did not fire, before a warning names it: one that never has, and any.
 NEVER_FIRED_UNTIL_WARNING = 10
 SILENT_UNTIL_WARNING = 100
@@ -50,6 +52,7 @@ class Recorder:
     output_shape: tuple[int, ...] | None = None  # of the model's logits, where an eager forward has shown them
     keeps_arguments = False  # for a supervisor
     arguments: Arguments | None = None  # what the model was called with, if that is kept
+    _used = False  # whether a criterion has ever used the features
 
     def __init__(self) -> None:
         self.features: dict[str, Tensor] = {}
@@ -111,9 +114,9 @@ class Recorder:
     def _note_unused(self) -> None:
         """Count a forward whose features nobody has used; warn, once, of many in a row."""
         self._unused_in_a_row += 1
-        if self._unused_in_a_row == UNUSED_UNTIL_WARNING:
+        if self._unused_in_a_row == (IDLE_UNTIL_WARNING if self._used else UNUSED_UNTIL_WARNING):
             warn_user(
-                f"the features of {UNUSED_UNTIL_WARNING} forwards in a row were not used: SFR has no effect unless "
+                f"the features of {self._unused_in_a_row} forwards in a row were not used: SFR has no effect unless "
                 "criterion = sfr.SFRLoss(model) takes the place of your loss. model.disable() trains without it."
             )
 
@@ -243,7 +246,7 @@ class Recorder:
         self._note_silence()
         features, unused = self.features, self.unused
         self.abort()
-        self._unused_in_a_row = 0
+        self._unused_in_a_row, self._used = 0, True
         return features if computed_from(logits, _nodes_of(features.values()), _nodes_of(unused)) else None
 
     def keep_result(self, logits: Tensor, user: object, result: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from sfr.checks import check_number
 from sfr.config import Ramp, SFRConfig
 from sfr.feature.results import Pair
 from sfr.model.arguments import forward_arguments
@@ -171,7 +172,9 @@ def report(criterion: Criterion, *example_input: Any, target: Any = None, repeat
 
     Raises:
         TypeError: if the model's forward does not take such arguments, or it returns no floating-point tensor.
+        ValueError: if the batch is empty, or `repeats` is out of range.
     """
+    check_number("repeats", repeats, 1, whole=True)
     model = criterion.model
     record = known_record(model)
     args, kwargs = forward_arguments(model, example_input, keywords)
@@ -184,6 +187,8 @@ def report(criterion: Criterion, *example_input: Any, target: Any = None, repeat
         logits = logits_in(output)
         if logits is None:
             raise TypeError("the model returns no logits: no floating-point tensor is in its output")
+        if not logits.numel():
+            raise ValueError("report needs a batch of at least one image; the model's output for this one is empty")
         shows_loss = target is not None or (criterion.label_loss is None and _is_of_classes(logits))
         twin = criterion.twin(criterion.label_loss if shows_loss else _mean_of)
         twin.labels.sync = False
@@ -193,7 +198,7 @@ def report(criterion: Criterion, *example_input: Any, target: Any = None, repeat
         given: Callable[[Any], Any] = _mean_of
         if shows_loss:
             flat = criterion.label_loss is None and _classes_are_last(logits, features, twin.maps)
-            given = _flattened if flat else _as_it_is
+            given = _flattened if flat else _as_it_is if criterion.label_loss else _logits_of
             if flat and target is not None and target.shape[:2] == logits.shape[:2]:
                 target = target.flatten(0, 1)
         if target is None and shows_loss:
@@ -241,11 +246,16 @@ def _classes_are_last(logits: Tensor, features: Mapping[str, Tensor], maps: Maps
     return logits.ndim == 3 and any(feature.shape[:2] == logits.shape[:2] for feature in tokens)
 
 
-def _flattened(output: Any) -> Tensor:
-    """Return the logits in an output, (B, N, K), with one row for each position, as such a loss takes them."""
+def _logits_of(output: Any) -> Tensor:
+    """Return the logits in an output, as a loop that knows the model picks them."""
     logits = logits_in(output)
     assert logits is not None
-    return logits.flatten(0, 1)
+    return logits
+
+
+def _flattened(output: Any) -> Tensor:
+    """Return the logits in an output, (B, N, K), with one row for each position, as such a loss takes them."""
+    return _logits_of(output).flatten(0, 1)
 
 
 def _as_it_is(output: Any) -> Any:

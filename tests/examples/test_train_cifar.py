@@ -333,7 +333,10 @@ def test_an_unwritable_output_directory_is_an_error_before_any_step(tmp_path, mo
         (["--sfr", "wieght=1"], "--sfr: .*wieght"),
         (["--sfr", "feature_weight=-1"], "--sfr: feature_weight must be finite and at least 0"),
         (["--stages", "nowhere"], "nowhere"),
-        (["--init", __file__], r"--init: .*test_train_cifar\.py is not a readable file of weights"),
+        (
+            ["--init", __file__],
+            r"--init: .*test_train_cifar\.py is not a readable file of weights: it is not what torch",
+        ),
         (["--tracker", "aim"], "--tracker aim: its package is not installed"),
     ],
 )

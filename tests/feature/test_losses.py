@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 from torch import Tensor
 
+import sfr
 from sfr.feature.emd import EMDL2Loss, emd_l2
 
 PROFILE = settings(max_examples=30, deadline=None, database=None, derandomize=True)
@@ -368,12 +369,29 @@ def test_image_not_finite_leaves_the_values_of_the_others_alone() -> None:
         ((2, 3, 4, 4), (2, 3, 4, 4)),
         ((2, 3, 4), (3, 3, 4)),
         ((2, 3, 4), (2, 3, 5)),
+        ((2, 3, 0), (2, 3, 0)),
+        ((2, 3, 4), (2, 0, 4)),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused_and_named(shallow: tuple[int, ...], deep: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="shallow and deep must be nodes") as caught:
         emd_l2(torch.zeros(shallow), torch.zeros(deep))
     assert f"got {shallow} and {deep}" in str(caught.value)
+
+
+@pytest.mark.parametrize("nodes", [[[[1.0]]], torch.ones(1, 2, 3, dtype=torch.long), None])
+def test_what_are_no_nodes_is_refused_and_named(nodes: Any) -> None:
+    with pytest.raises(TypeError, match="deep must be a floating-point tensor of nodes; got"):
+        emd_l2(torch.zeros(1, 2, 3), nodes)
+    with pytest.raises(TypeError, match="nodes must be a floating-point tensor; got"):
+        sfr.channel_segments(nodes, 1)
+
+
+def test_segments_of_the_wrong_axes_or_of_no_whole_width_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"shape \(B, N, C\); got \(2, 3\)"):
+        sfr.channel_segments(torch.zeros(2, 3), 1)
+    with pytest.raises(TypeError, match=r"channels must be an integer; got 1.5"):
+        sfr.channel_segments(torch.zeros(2, 3, 4), 1.5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("option", ["cost", "marginals", "solver", "reduction"])

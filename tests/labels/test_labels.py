@@ -827,6 +827,19 @@ def test_logits_with_the_classes_last_are_refused_with_the_way_out() -> None:
     assert DynamicLabelSmoothing()(logits.movedim(-1, 1), target).isfinite()
 
 
+@pytest.mark.parametrize(
+    ("shape", "advice"), [((4, 1), r"Pass target\.squeeze\(1\)"), ((3,), "Give one label for each prediction")]
+)
+def test_labels_of_another_shape_are_refused_with_what_fits_it(shape: tuple[int, ...], advice: str) -> None:
+    with pytest.raises(ValueError, match=f"target: class indices must have shape .*{advice}"):
+        DynamicLabelSmoothing()(torch.randn(4, 5), torch.zeros(shape, dtype=torch.int64))
+
+
+def test_distributions_that_do_not_sum_to_one_are_refused_without_talk_of_targets() -> None:
+    with pytest.raises(ValueError, match=r"distributions: the rows must sum to 1.*got a sum of 2$"):
+        smooth_labels(torch.tensor([0]), torch.ones(2, 2), 0.5)
+
+
 # Many classes: only the rows seen are exchanged and moved.
 
 

@@ -123,6 +123,20 @@ def test_dropped_forwards_still_count_as_unused(make_net, batch):
     model = sfr.SFRWrapper(make_net(), example_input=batch[0])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(15):
+        for _ in range(35):
             model(batch[0])
     assert ["forwards in a row were not used" in str(warning.message) for warning in caught] == [True]
+
+
+def test_an_attack_of_many_forwards_before_each_step_gives_no_alarm(make_net, batch):
+    model = sfr.SFRWrapper(make_net())
+    criterion = sfr.SFRLoss(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            attacked = batch[0].clone().requires_grad_()
+            for _ in range(20):
+                (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(model(attacked), batch[1]), attacked)
+                attacked = (attacked + 0.01 * gradient.sign()).detach().requires_grad_()
+            criterion(model(attacked), batch[1]).backward()
+            assert criterion.last.terms

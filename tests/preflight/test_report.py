@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision import models
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -438,3 +439,39 @@ def test_a_named_stage_that_did_not_run_is_noted():
 
     model = sfr.SFRWrapper(Net(), stages=r"layers\.[0-2]")
     assert "note:   stage 'layers.2' did not run in this forward" in str(sfr.SFRLoss(model).report(torch.randn(4, 8)))
+
+
+@pytest.mark.parametrize(
+    "output",
+    [lambda z: (z, z * 2), lambda z: {"pred": z}, lambda z: {"logits": z, "aux_logits": 2 * z}, lambda z: [z, z]],
+)
+@pytest.mark.parametrize("given", [False, True], ids=["random labels", "given labels"])
+def test_a_model_whose_loop_picks_the_logits_is_reported(make_net, batch, output, given):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = make_net()
+
+        def forward(self, images):
+            return output(self.net(images))
+
+    report = sfr.SFRLoss(sfr.SFRWrapper(Net())).report(batch[0], target=batch[1] if given else None, repeats=1)
+    assert len(report.stages) == 3
+    assert report.loss.label > 0
+    assert not report.notes
+
+
+def test_an_empty_batch_and_no_repeats_are_errors_that_say_so(make_net, batch):
+    model = sfr.SFRWrapper(make_net())
+    with pytest.raises(ValueError, match="at least one image"):
+        model.report(batch[0][:0])
+    with pytest.raises(ValueError, match="repeats must be"):
+        model.report(batch[0], repeats=0)
+
+
+def test_a_loader_or_an_array_in_the_place_of_a_batch_is_an_error_that_says_what_to_give(make_net, batch):
+    model = sfr.SFRWrapper(make_net())
+    with pytest.raises(TypeError, match="got a DataLoader: give it a batch of it"):
+        model.report(DataLoader(TensorDataset(*batch), 4))
+    with pytest.raises(TypeError, match=r"got a ndarray: give it torch\.from_numpy"):
+        model.report(batch[0].numpy())
