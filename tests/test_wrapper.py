@@ -308,7 +308,8 @@ def test_a_body_without_gradient_is_named_as_the_reason_for_too_few_stages(net, 
                 x = self.body(x)
             return self.head(x)
 
-    with pytest.raises(ValueError, match=r"module\(s\) ran without gradient, as 'body\.0'.*use_reentrant=False.*torch\.no_grad\(\)"):
+    message = r"module\(s\) ran without gradient, as 'body\.0'.*use_reentrant=False.*torch\.no_grad\(\)"
+    with pytest.raises(ValueError, match=message):
         sfr.SFRWrapper(Frozen())(batch[0])
 
 

@@ -237,6 +237,16 @@ def test_the_readme_has_a_row_for_each_situation_with_paired_gains_and_their_see
     assert report.readme_part([]) == report.NOTHING_YET
 
 
+def test_fine_tuning_has_a_table_of_its_own_arms_and_misses_no_peer_that_does_not_belong_there(read):
+    arms = ("vanilla", "l2-sp", "sfr-slow@decay=0.99,rising=False")
+    cells = [record(arm, 0, 0.3 + 0.01 * i, schedule="fine-tune-20") for i, arm in enumerate(arms)]
+    [text] = [report.section(group) for group in read(*cells)]
+    assert "### Fine-tuning" in text
+    assert "+1.00" in rows(text, "L2-SP")[0]
+    assert "+2.00" in rows(text, "**sfr**, supervised by an average from the pretrained weights on")[0]
+    assert "Not run" not in text
+
+
 @pytest.mark.parametrize(("image_size", "factor"), [(32, 1.02), (16, 1.1)])
 def test_vanilla_is_to_train_for_as_long_as_sfr_takes_on_images_of_that_size(read, image_size, factor):
     arms = [arm for arm in report.PEERS if not arm.startswith("vanilla-longer")]
