@@ -338,3 +338,14 @@ def test_class_means_go_on_with_the_other_update(new_run, before, after):
     train(other, range(4, 8))
     assert not torch.equal(other[1].labels.distributions, state["labels.distributions"])
     assert len(other[1].labels.sums) == (CLASSES if after == "epoch" else 0)
+
+
+@pytest.mark.parametrize("other", ["none", "uniform", "past"])
+def test_class_means_are_not_dropped_in_silence_by_another_kind_of_smoothing(new_run, other):
+    run, fresh = new_run(MODES["running"]), new_run(MODES[other])
+    train(run, range(2))
+    with pytest.raises(RuntimeError, match=r"labels\.distributions"):
+        fresh[1].load_state_dict(run[1].state_dict())
+    if other != "past":  # which cannot go on without its own
+        fresh[1].load_state_dict(run[1].state_dict(), strict=False)
+        assert fresh[1].step == run[1].step

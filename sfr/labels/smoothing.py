@@ -259,6 +259,8 @@ class DynamicLabelSmoothing(TensorState):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         of_past = any(key.startswith(f"{prefix}past.") for key in state_dict)
+        if self.means is None:  # of another kind of smoothing, which this one does not go on with
+            rest[3].extend(prefix + name for name in STATISTICS if prefix + name in state_dict)  # the unexpected keys
         super()._load_from_state_dict(state_dict, prefix, *rest)
         needed = {"class_mean": len(self.distributions) == len(self.counts) > 0, "past": of_past}
         if self.step and not needed.get(self.mode, True):
