@@ -149,7 +149,7 @@ REGIMES = [
 PLANS = {
     "regimes": REGIMES,
     "fine-tuning": [
-        Round("fine-tune-20", "test", range(5), tuple(FINE_TUNING), "efficientnet-lite0", dataset)
+        Round("fine-tune-20", "test", range(6), tuple(FINE_TUNING), "efficientnet-lite0", dataset)
         for dataset in ("flowers", "elpv")
     ],
     "wrong-labels": [Round("noise40-500", "held-out", range(100, 103), tuple(WRONG_LABELS), dataset="cifar10")],
