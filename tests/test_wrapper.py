@@ -163,9 +163,9 @@ def test_a_wrapper_without_its_criterion_warns_once(net, batch):
     assert not warnings_of(lambda: criterion(model(batch[0]), batch[1]), 30)
     with model.disable():
         assert not warnings_of(plain_step, 30)
-    assert not warnings_of(plain_step, 9)
+    assert not warnings_of(plain_step, 90)  # a criterion has used the features, so there may be a reason
     criterion(model(batch[0]), batch[1])
-    [message] = warnings_of(plain_step, 30)
+    [message] = warnings_of(plain_step, 110)
     assert "criterion = sfr.SFRLoss(model) takes the place of your loss" in message
 
 
@@ -174,7 +174,7 @@ def test_the_warning_of_unused_features_points_to_the_users_line(make_net, batch
     for model in (plain, nn.DataParallel(sfr.SFRWrapper(make_net()))):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            for _ in range(20):
+            for _ in range(35):
                 model(batch[0])
         assert [warning.filename for warning in caught] == [__file__]
 
