@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 
 def check_choice(argument: str, value: object, choices: Any) -> None:
@@ -27,6 +28,13 @@ def check_number(argument: str, value: object, low: float, high: float = float("
     if not math.isfinite(number) or not low <= number <= high:
         allowed = f"lie in [{low}, {high}]" if math.isfinite(high) else f"be finite and at least {low}"
         raise ValueError(f"{argument} must {allowed}; got {value!r}")
+
+
+def check_floating(argument: str, value: object, of: str = "") -> None:
+    """Raise a ``TypeError`` unless `value` is a floating-point tensor; the message says `of` what."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = getattr(value, "dtype", type(value).__name__)
+        raise TypeError(f"{argument} must be a floating-point tensor{of}; got {kind}")
 
 
 def plain_number(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Presets: the switches for a purpose, each with what it gained where it was measured."""
+"""Presets: the switches of the loss for a purpose."""
 
 from __future__ import annotations
 

@@ -171,9 +171,10 @@ def tables(groups: Sequence[Group]) -> list[str]:
 def section(group: Group) -> str:
     """Return all there is to say of one group."""
     fine_tuned = group.is_test and group.cell["schedule"].startswith("fine-tune")
-    peers = "\n\n".join(filter(None, [arms_table(group, PEERS, rivals=RIVALS), not_run(group)]))
+    peers = [] if fine_tuned else [arms_table(group, PEERS, rivals=RIVALS), not_run(group)]
     tables = {
-        "Fine-tuning" if fine_tuned else "Peers": arms_table(group, FINE_TUNING) if fine_tuned else peers,
+        "Peers": "\n\n".join(filter(None, peers)),
+        "Fine-tuning": arms_table(group, FINE_TUNING) if fine_tuned else "",
         "The ladder": arms_table(group, LADDER),
         "Wrong labels": arms_table(group, WRONG_LABELS) if group.schedule["label_noise"] else "",
         "Variants, the best first": arms_table(group, {arm: f"`{arm}`" for arm in variants(group)}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfr.checks import check_floating
 from sfr.config import Grouping
 
 
@@ -30,8 +31,7 @@ def channel_segments(nodes: Tensor, channels: int) -> Tensor:
         >>> channel_segments(torch.zeros(2, 5, 64), 16).shape
         torch.Size([2, 4, 5, 16])
     """
-    if not isinstance(nodes, Tensor) or not nodes.is_floating_point():
-        raise TypeError(f"nodes must be a floating-point tensor; got {getattr(nodes, 'dtype', type(nodes).__name__)}")
+    check_floating("nodes", nodes)
     if nodes.ndim != 3:
         raise ValueError(f"nodes must have shape (B, N, C); got {tuple(nodes.shape)}")
     if not isinstance(channels, int):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sfr.checks import check_choice
+from sfr.checks import check_choice, check_floating
 from sfr.config import Cost, Marginals, Reduction, Solver
 from sfr.feature.compiled import cosine_distance, fits
 from sfr.feature.directions import cross_reference, directions, root_mean_square
@@ -73,10 +73,8 @@ def emd_l2(
 
 
 def _check_nodes(shallow: Tensor, deep: Tensor) -> None:
-    for name, nodes in {"shallow": shallow, "deep": deep}.items():
-        if not isinstance(nodes, Tensor) or not nodes.is_floating_point():
-            kind = getattr(nodes, "dtype", type(nodes).__name__)
-            raise TypeError(f"{name} must be a floating-point tensor of nodes; got {kind}")
+    check_floating("shallow", shallow, " of nodes")
+    check_floating("deep", deep, " of nodes")
     if (
         shallow.ndim != 3
         or deep.ndim != 3

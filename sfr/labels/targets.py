@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sfr.checks import check_number
+from sfr.checks import check_floating, check_number
 from sfr.config import IGNORE_INDEX
 
 # Soft targets of half precision do not sum to 1 exactly; those of several labels an image are off by 1 or more.
@@ -49,9 +49,7 @@ def smooth_labels(target: Tensor, distributions: Tensor, alpha: float) -> Tensor
         tensor([[0.1000, 0.9000]])
     """
     check_number("alpha", alpha, 0, 1)
-    if not isinstance(distributions, Tensor) or not distributions.is_floating_point():
-        kind = getattr(distributions, "dtype", type(distributions).__name__)
-        raise TypeError(f"distributions must be a floating-point tensor; got {kind}")
+    check_floating("distributions", distributions)
     if distributions.ndim != 2 or distributions.shape[0] != distributions.shape[1]:
         raise ValueError(
             f"distributions must have shape (K, K), a row for each class; got {tuple(distributions.shape)}"

@@ -55,11 +55,13 @@ def the_logits(output: Any) -> Tensor:
     ]
     if auxiliary:
         access = "output[{!r}]" if isinstance(output, Mapping) else "output.{}"
-        losses = ("F.cross_entropy({}, target)" if parts[name].ndim > 1 else "{}.mean()" for name in auxiliary)
-        others = (f" + 0.5 * {loss}".format(access.format(name)) for loss, name in zip(losses, auxiliary, strict=True))
+        others = ""
+        for name in auxiliary:
+            part = access.format(name)
+            others += f" + 0.5 * F.cross_entropy({part}, target)" if parts[name].ndim > 1 else f" + 0.5 * {part}.mean()"
         raise ValueError(
             "output holds auxiliary logits or losses, which would be left out; use "
-            f"criterion({access.format(found[0])}, target){''.join(others)}"
+            f"criterion({access.format(found[0])}, target){others}"
         )
     return logits
 

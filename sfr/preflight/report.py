@@ -198,7 +198,9 @@ def report(criterion: Criterion, *example_input: Any, target: Any = None, repeat
         given: Callable[[Any], Any] = _mean_of
         if shows_loss:
             flat = criterion.label_loss is None and _classes_are_last(logits, features, twin.maps)
-            given = _flattened if flat else _as_it_is if criterion.label_loss else _logits_of
+            given = _as_it_is
+            if criterion.label_loss is None:
+                given = _flattened if flat else _logits_of
             if flat and target is not None and target.shape[:2] == logits.shape[:2]:
                 target = target.flatten(0, 1)
         if target is None and shows_loss:
