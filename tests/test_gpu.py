@@ -6,8 +6,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import sfr
+from sfr.labels import DynamicLabelSmoothing
 from sfr.transport import certified, solve
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -64,6 +66,8 @@ def test_exact_plans_are_given_back_on_the_device():
         {"marginals": "cross"},
         {"cost": "cosine", "grouping": "segments"},
         {"smoothing": "past", "num_samples": 1000},
+        {"smoothing": "class_mean"},
+        {"smoothing": "uniform"},
     ],
 )
 def test_a_training_step_never_waits_for_the_device(make_net, batch, switches):
@@ -113,6 +117,36 @@ def test_the_kernels_give_the_loss_and_the_gradients_of_pytorchs_operations(make
         model.unwrap()
     for own, plain in zip(*results, strict=True):
         torch.testing.assert_close(own, plain, rtol=1e-2, atol=1e-3 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "uniform"},
+        {"mode": "class_mean"},
+        {"mode": "class_mean", "update": "epoch"},
+        {"mode": "past", "num_samples": 512, "alpha": 0.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("classes", [10, 1000, 5000])
+def test_the_kernels_of_the_label_term_give_what_pytorchs_operations_give(monkeypatch, options, classes):
+    criteria = [DynamicLabelSmoothing(**options) for _ in range(2)]
+    for step in range(3):
+        index = torch.randperm(512)[:256]
+        target = (index % min(classes, 20)).cuda()
+        logits = (torch.randn(256, classes) + 5 * F.one_hot(index % min(classes, 20), classes)).cuda()
+        target[step] = -100
+        results = []
+        for criterion, given_up in zip(criteria, (False, True), strict=True):
+            monkeypatch.setattr(sfr.labels.on_a_device.fused_loss, "given_up", given_up)
+            leaf = logits.clone().requires_grad_()
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # of the kernels that did not start
+                loss = criterion(leaf, target, index.cuda())
+            results.append([loss.detach(), *torch.autograd.grad(loss, leaf), *criterion.state_dict().values()])
+        for own, plain in zip(*results, strict=True):
+            torch.testing.assert_close(own, plain, rtol=1e-3, atol=1e-6)
 
 
 def losses_of(model, criterion, images, labels, steps=6):

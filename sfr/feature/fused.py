@@ -41,7 +41,8 @@ def fused_values(
     """
     layout = tuple((tuple(each.shape), each.stride()) for each in maps)
     run = _Run(_tables(layout, sets, pairs, maps[0].device), sets, pairs, otherwise, {i: [] for i in joining})
-    values, finite = _FusedValues.apply(run, *maps)
+    with torch.cuda.device_of(maps[0]):  # Triton launches on the current device, whatever it is given
+        values, finite = _FusedValues.apply(run, *maps)
     if values.requires_grad:
         for i, waiting in run.waiting.items():
             if maps[i].requires_grad:

@@ -58,13 +58,13 @@ class ClassMeans:
 
     def recall(self, batch: Batch) -> Tensor:
         """Return S[y] of each row, (N, K), or mixtures of its rows by soft targets."""
-        self._prepare(batch.log_probabilities)
+        self.prepare(batch.log_probabilities)
         return rows_of(batch.labels, self.distributions)
 
     @torch.no_grad()
     def observe(self, batch: Batch) -> None:
         """Add the correctly classified samples of all ranks to the statistics."""
-        self._prepare(batch.log_probabilities)
+        self.prepare(batch.log_probabilities)
         label = batch.labels.argmax(dim=1) if batch.kept is None else batch.labels.where(batch.kept, -1)
         largest, predicted = batch.log_probabilities.max(dim=1)
         # NaN is the largest of a row that holds one: a prediction that is not finite is not correct.
@@ -72,7 +72,7 @@ class ClassMeans:
         classes = self._classes_seen(label)
         sums, counts = _class_sums(batch.log_probabilities, label, classes, batch.images)
         of_all_ranks = torch.cat([sums, counts[:, None]], dim=1)
-        self._sum_over_ranks(of_all_ranks)
+        self.sum_over_ranks(of_all_ranks)
         self._move(classes, of_all_ranks[:, :-1], of_all_ranks[:, -1])
 
     def _move(self, classes: Tensor, sums: Tensor, counts: Tensor) -> None:
@@ -98,7 +98,7 @@ class ClassMeans:
         self.sums.zero_()
         self.counts.zero_()
 
-    def _prepare(self, like: Tensor) -> None:
+    def prepare(self, like: Tensor) -> None:
         """Create the statistics for the first logits, or bring restored ones to their device and dtype."""
         with torch.inference_mode(False):  # tensors made inside it could not be written into outside
             if not len(self.distributions):
@@ -123,10 +123,10 @@ class ClassMeans:
         if number <= (ALL_ROWS_ON_CPU_UP_TO if label.device.type == "cpu" else ALL_ROWS_UP_TO):
             return torch.arange(number, device=label.device)
         seen = torch.bincount(label + 1, minlength=number + 1)[1:]
-        self._sum_over_ranks(seen)
+        self.sum_over_ranks(seen)
         return seen.nonzero().squeeze(1)
 
-    def _sum_over_ranks(self, values: Tensor) -> None:
+    def sum_over_ranks(self, values: Tensor) -> None:
         if self.sync and dist.is_available() and dist.is_initialized():
             dist.all_reduce(values)
 

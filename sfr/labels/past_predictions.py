@@ -89,7 +89,7 @@ class PastPredictions(TensorState):
 
         The weights of what was said sum to less than 1 at first, hence the division.
         """
-        self._prepare(otherwise)
+        self.prepare(otherwise)
         said = self.table[index.to(self.table.device)].to(otherwise.dtype)
         total = said.sum(dim=1, keepdim=True)
         return torch.where(total > 0, said / total, otherwise)
@@ -100,7 +100,7 @@ class PastPredictions(TensorState):
 
         What is said last of a sample that is there more than once is kept, by the order of the rows and of the ranks.
         """
-        self._prepare(probabilities)
+        self.prepare(probabilities)
         index, said = index.to(self.table.device), probabilities.to(self.table.dtype).nan_to_num(nan=0.0)
         if self.sync and dist.is_available() and dist.is_initialized():
             index, said = _rows_of_all_ranks(index, said)
@@ -111,7 +111,7 @@ class PastPredictions(TensorState):
         newest, before = said[order[last]].float(), self.table[index].float()
         self.table[index] = before.lerp(newest, self.momentum).to(self.table.dtype)
 
-    def _prepare(self, like: Tensor) -> None:
+    def prepare(self, like: Tensor) -> None:
         """Create the table for the first distributions, or bring a restored one to their device."""
         with torch.inference_mode(False):  # a tensor made inside it could not be written into outside
             if not len(self.table):

@@ -24,8 +24,9 @@ from sfr.config import (
 )
 from sfr.labels.class_means import STATISTICS, ClassMeans
 from sfr.labels.cross_entropy import cross_entropy, cross_entropy_towards, may_hold_impossible
+from sfr.labels.on_a_device import loss_on_a_device
 from sfr.labels.past_predictions import PastPredictions
-from sfr.labels.source import Batch, Source
+from sfr.labels.source import Batch
 from sfr.labels.targets import checked_target, smooth_labels
 from sfr.old_names import OLD_NAMES
 from sfr.state import TensorState
@@ -141,7 +142,7 @@ class DynamicLabelSmoothing(TensorState):
         self.expect_classes(self.num_classes)
 
     @property
-    def source(self) -> Source | None:
+    def source(self) -> ClassMeans | PastPredictions | None:
         """Where the distributions come from that targets are smoothed towards; None for "uniform" and "none"."""
         return self.means or self.past
 
@@ -226,6 +227,9 @@ class DynamicLabelSmoothing(TensorState):
             raise ValueError(f"num_classes={self.num_classes}, and the logits have {logits.shape[1]}")
 
     def _towards_the_source(self, logits: Tensor, target: Tensor, index: Tensor | None, alpha: float) -> Tensor:
+        found = loss_on_a_device(logits, target, self.source, index, alpha, self.ignore_index)
+        if found is not None:
+            return found
         batch = Batch.of(logits, target, self.ignore_index, index)
         if self.source is None:
             uniform = batch.log_probabilities.new_tensor(1.0 / logits.shape[1]).expand_as(batch.log_probabilities)

@@ -45,24 +45,25 @@ def fused_plan(
         return plan
     cost = cost.contiguous()
     block_n, block_m = max(16, triton.next_power_of_2(n)), max(16, triton.next_power_of_2(m))
-    proximal_kernel[(batch,)](
-        cost,
-        cost if a is None else a.contiguous(),
-        cost if b is None else b.contiguous(),
-        plan,
-        plan if values is None else values,
-        n,
-        m,
-        beta,
-        iterations,
-        HAS_A=a is not None,
-        HAS_B=b is not None,
-        HAS_VALUES=values is not None,
-        BLOCK_N=block_n,
-        BLOCK_M=block_m,
-        num_warps=max(1, block_n * block_m // 512),  # 16 entries of a matrix per thread: the most without spilling
-        enable_fp_fusion=True,  # the same arithmetic with every Triton: 3.9 warns that its default will change
-    )
+    with torch.cuda.device_of(cost):  # Triton launches on the current device, whatever it is given
+        proximal_kernel[(batch,)](
+            cost,
+            cost if a is None else a.contiguous(),
+            cost if b is None else b.contiguous(),
+            plan,
+            plan if values is None else values,
+            n,
+            m,
+            beta,
+            iterations,
+            HAS_A=a is not None,
+            HAS_B=b is not None,
+            HAS_VALUES=values is not None,
+            BLOCK_N=block_n,
+            BLOCK_M=block_m,
+            num_warps=max(1, block_n * block_m // 512),  # 16 entries of a matrix per thread: the most without spilling
+            enable_fp_fusion=True,  # the same arithmetic with every Triton: 3.9 warns that its default will change
+        )
     return plan
 
 

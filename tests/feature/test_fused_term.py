@@ -22,7 +22,7 @@ from sfr.transport import solve
 from sfr.transport.fallback import OptionalSolver
 
 pytest.importorskip("triton")
-from devices import StepWithoutMemory, pass_for_a_device
+from devices import OnItsDevice, StepWithoutMemory, pass_for_a_device
 
 import sfr.transport.fused
 from sfr.feature import fused
@@ -165,6 +165,17 @@ def test_kernels_that_do_not_start_are_replaced_with_one_warning(monkeypatch: py
     second = feature_terms(named, solver="proximal")
     assert torch.equal(first.by_image, second.by_image)
     assert first.by_image.any()
+
+
+@pytest.mark.usefixtures("on_a_device")
+def test_kernels_are_launched_on_the_device_of_the_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = OnItsDevice(monkeypatch)
+    for name in OUR_KERNELS[:3]:
+        monkeypatch.setattr(fused, name, kernel)
+    monkeypatch.setitem(fused.fused_plan.__globals__, "proximal_kernel", kernel)
+    feature_terms({"0": torch.randn(2, 4, 4, 4), "1": torch.randn(2, 6, 2, 2)}, solver="proximal")
+    sfr.transport.fused.fused_plan(torch.rand(2, 3, 3), None, None, beta=1.0, iterations=1)
+    assert kernel.launches == 4
 
 
 class Launches:

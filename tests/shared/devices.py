@@ -1,5 +1,7 @@
 """A device for tests on machines without one: what would a step launch, and which way does it take?"""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,6 +19,32 @@ def pass_for_a_device(patch: pytest.MonkeyPatch) -> None:
     """Let maps in the CPU's memory, or without any, pass for those of a CUDA device."""
     patch.setattr(Tensor, "is_cuda", True)
     patch.setattr(Tensor, "is_cpu", False)
+
+
+class OnItsDevice:
+    """Stands in for a kernel: a launch outside the device of the tensors is an error.
+
+    Args:
+        patch: undoes what the test patches.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.given: list[Tensor] = []
+        self.launches = 0
+        patch.setattr(torch.cuda, "device_of", self._entered)
+
+    @contextmanager
+    def _entered(self, given: Tensor) -> Iterator[None]:
+        self.given.append(given)
+        yield
+        self.given.pop()
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*given: Any, **__: Any) -> None:
+            assert self.given, "Triton would launch on whatever device is the current one"
+            self.launches += 1
+
+        return launch
 
 
 class Operations(TorchDispatchMode):
@@ -49,10 +77,11 @@ class StepWithoutMemory:
 
     Args:
         dtype: of the network and the images.
+        index: numbers of the eight images, if the criterion needs them.
         settings: of the criterion.
     """
 
-    def __init__(self, dtype: torch.dtype = torch.float32, **settings: Any) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, index: Tensor | None = None, **settings: Any) -> None:
         stages = [nn.Conv2d(a, b, 3, 2, 1) for a, b in ((3, 8), (8, 16), (16, 32), (32, 64))]
         net = nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
         self.model = sfr.SFRWrapper(net, stages=["0", "1", "2", "3"])
@@ -60,9 +89,10 @@ class StepWithoutMemory:
         self.model.to("meta", dtype)
         self.images = torch.empty(8, 3, 64, 64, device="meta", dtype=dtype)
         self.labels = torch.empty(8, dtype=torch.long, device="meta")
+        self.index = {} if index is None else {"index": index}
         self.criterion = sfr.SFRLoss(self.model, **settings)
 
     def __call__(self) -> int:
         with Operations() as operations:
-            self.criterion(self.model(self.images), self.labels).backward()
+            self.criterion(self.model(self.images), self.labels, **self.index).backward()
         return operations.count
