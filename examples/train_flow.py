@@ -7,8 +7,9 @@
 Flow matching: the network learns the velocity that leads from an image to noise, of images of a given class. Each token
 of the block at 0.3 of the depth is pulled towards the same token of the block at 0.7, by the cosine
 (LayerSync, arXiv 2510.12581); --sfr takes any other arguments of SFRLoss, such as matching=transport. A slow average of
-the weights is what draws, is judged and is written. A tenth of the images come without their class, so that --guidance
-can tell what a class adds.
+the weights is what draws, is judged and is written; with --average-supervises its deep block takes the place of the
+network's own, as in SRA (arXiv 2505.02831) without its projection head. A tenth of the images come without their class,
+so that --guidance can tell what a class adds.
 
 Five times in a run samples.png in its folder shows what is drawn, a row for each class. The error of the velocity on
 test images has noise and times of its own, the same for every run and every epoch.
@@ -69,7 +70,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> nn.Module:
         set_seed(args.seed)  # the same initial weights in all processes ...
         network = build(args).to(accelerator.device)
         average = AveragedModel(network, multi_avg_fn=lambda *state: follow(*state, longest=args.average))
-        model, criterion = regularized(network, args)
+        model, criterion = regularized(network, average, args)
         set_seed(args.seed, device_specific=True)  # ... but noise of their own
         optimizer = AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.01)
         steps = args.epochs * len(train_loader)
@@ -103,12 +104,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> nn.Module:
     return average.module
 
 
-def regularized(network: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
+def regularized(network: nn.Module, average: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
     """Return the model and its criterion: the two lines, or the error of the velocity alone."""
     if args.method == "vanilla":
         return network, nn.MSELoss()
     model = sfr.SFRWrapper(network, stages=r"blocks\.\d+", layout="tokens")
-    return model, sfr.SFRLoss(model, sfr_settings(args), label_loss=nn.MSELoss())
+    supervisor = average if args.average_supervises else None
+    return model, sfr.SFRLoss(model, sfr_settings(args), label_loss=nn.MSELoss(), supervisor=supervisor)
 
 
 def sfr_settings(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -228,6 +230,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=options.positive, help="global; default 64 for digits, 128 for CIFAR")
     add("--lr", type=float, help="peak, of AdamW; default 2e-3 for digits, 1e-3 for CIFAR")
     add("--average", type=options.fraction, default=0.999, help="share that the slow average keeps at a step")
+    add("--average-supervises", action="store_true", help="the deep block is that of the slow average, as in SRA")
     add("--sampling-steps", type=options.positive, default=20, help="of Heun's method, for samples.png")
     add("--unlabelled", type=options.fraction, default=0.1, help="share of the images that are shown without class")
     add(
@@ -239,8 +242,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--resume", action="store_true", help="continue the run in --output-dir, default the newest; or start one")
     add("--tracker", choices=["none", *LOGGER_TYPE_TO_CLASS], default="none")
     args = parser.parse_args(argv)
-    if args.sfr and args.method != "sfr":
-        parser.error("--sfr needs --method sfr")
+    if (args.sfr or args.average_supervises) and args.method != "sfr":
+        parser.error("--sfr and --average-supervises need --method sfr")
     if args.data_dir and args.dataset == "digits":
         parser.error("--data-dir is for CIFAR: the digits come with scikit-learn")
     for name, value in DEFAULTS[args.dataset].items():

@@ -28,6 +28,7 @@ ARMS = {
     "layersync-0.2": "--sfr feature_weight=0.2",
     "transport": "--sfr matching=transport",
     "in-place-all": "--sfr pairs=all",
+    "slow-supervisor": "--average-supervises",
 }
 RATES = {"vanilla-1.5-lr": 1.5}  # learning rates as multiples of the plan's
 

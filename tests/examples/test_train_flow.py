@@ -11,6 +11,7 @@ import train_flow
 from common import runs
 from common.diffusion_transformer import DiffusionTransformer
 from common.flow import guided, noisy, sample
+from sfr.model.supervisor import Supervisor
 
 
 def small(output_dir, *arguments):
@@ -79,6 +80,19 @@ def test_without_weight_it_is_the_baseline(tmp_path, undisturbed):
     vanilla = weights(tmp_path / "vanilla")
     assert_same_weights(vanilla, weights(tmp_path / "weightless"))
     assert any(not torch.equal(vanilla[name], value) for name, value in weights(undisturbed).items())
+
+
+def test_the_slow_average_can_supervise(tmp_path, monkeypatch, undisturbed):
+    seen = []
+    supervisor_features = Supervisor.features
+    monkeypatch.setattr(
+        Supervisor, "features", lambda self, *args: seen.append(self.network) or supervisor_features(self, *args)
+    )
+    average = train(tmp_path / "slow", "--average-supervises")
+    assert len(seen) == 4
+    assert {network.module for network in seen} == {average}
+    own, slow = (weights(folder) for folder in (undisturbed, tmp_path / "slow"))
+    assert any(not torch.equal(own[name], value) for name, value in slow.items())
 
 
 def in_two_processes(rank, folder):
