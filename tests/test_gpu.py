@@ -139,7 +139,7 @@ def test_the_kernels_of_the_label_term_give_what_pytorchs_operations_give(monkey
         target[step] = -100
         results = []
         for criterion, given_up in zip(criteria, (False, True), strict=True):
-            monkeypatch.setattr(sfr.labels.on_a_device.fused_loss, "given_up", given_up)
+            monkeypatch.setattr(sfr.labels.on_a_device.label_kernels, "given_up", given_up)
             leaf = logits.clone().requires_grad_()
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # of the kernels that did not start

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfr.labels.on_a_device import fitted_on_a_device
+
 
 @torch.no_grad()
 def fitted(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
@@ -23,6 +25,9 @@ def fitted(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
         target: class indices, shape (B,) or (B, ...), or soft targets of the shape of the logits.
         ignore_index: class index of labels to be left out.
     """
+    found = fitted_on_a_device(logits, target, ignore_index)
+    if found is not None:
+        return found
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if target.ndim == 1:  # in few operations, which on a GPU are what it costs
         return (

@@ -1,4 +1,4 @@
-"""The label term of class indices on a GPU: in few launches, whatever the targets are smoothed towards."""
+"""The label term and the gate of class indices on a GPU, in few launches, whatever targets are smoothed towards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sfr.labels import kernels
 from sfr.labels.class_means import ClassMeans
-from sfr.labels.kernels import class_sums_kernel, keep_kernel, loss_kernel, move_kernel
+from sfr.labels.kernels import class_sums_kernel, fitted_kernel, keep_kernel, loss_kernel, move_kernel
 from sfr.labels.past_predictions import PastPredictions
 
 LONGEST_BLOCK = 4096  # classes that a program takes at a time
@@ -42,6 +42,27 @@ def fused_loss(
         return _FusedLoss.apply(logits, target, source, numbers, alpha, ignore_index)
 
 
+def fused_fitted(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Return :func:`sfr.labels.fitted.fitted`, (B,) float32, of logits (B, K) and class indices (B,)."""
+    rows, classes = logits.shape
+    found = logits.new_empty(rows, dtype=torch.float32)
+    with torch.cuda.device_of(logits):
+        fitted_kernel[(rows,)](
+            logits, *logits.stride(), target, found, classes, ignore_index, BLOCK=_block(classes), **OPTIONS
+        )
+    return found
+
+
+def _block(classes: int) -> int:
+    """Return how many classes a program takes at a time."""
+    return min(LONGEST_BLOCK, _every(classes))
+
+
+def _every(classes: int) -> int:
+    """Return the size of a block that holds all classes."""
+    return max(16, triton.next_power_of_2(classes))
+
+
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -58,8 +79,7 @@ class _FusedLoss(torch.autograd.Function):
         losses, sides = gradient.new_empty(rows), gradient.new_empty((3, rows))
         correct = gradient.new_empty(rows, dtype=torch.int32)
         count = (target != ignore_index).sum()
-        every = max(16, triton.next_power_of_2(classes))
-        block = min(LONGEST_BLOCK, every)
+        block = _block(classes)
         kind, towards, samples = kernels.UNIFORM, gradient, 0
         if source is not None:
             source.prepare(gradient)
@@ -82,9 +102,9 @@ class _FusedLoss(torch.autograd.Function):
         elif source is not None:
             sums = gradient.new_empty((classes, classes + 1))
             class_sums_kernel[(classes,)](
-                logits, *logits.stride(), correct, sides, sums, rows, classes, BLOCK=every, **OPTIONS
+                logits, *logits.stride(), correct, sides, sums, rows, classes, BLOCK=_every(classes), **OPTIONS
             )
-            _move(source, sums, every)
+            _move(source, sums)
         ctx.save_for_backward(logits, gradient, sides[2])
         return losses.sum()
 
@@ -99,7 +119,7 @@ class _FusedLoss(torch.autograd.Function):
         return (result, *(None,) * 5)
 
 
-def _move(means: ClassMeans, sums: Tensor, block: int) -> None:
+def _move(means: ClassMeans, sums: Tensor) -> None:
     """Let the class means take in the sums (K, K) of a step and, in the last column, the number of its samples."""
     means.sum_over_ranks(sums)
     if means.update == "epoch":
@@ -107,4 +127,6 @@ def _move(means: ClassMeans, sums: Tensor, block: int) -> None:
         means.counts += sums[:, -1]
         return
     log_rest = math.log1p(-means.momentum) if means.momentum < 1 else -math.inf
-    move_kernel[(len(sums),)](sums, means.distributions, means.counts, len(sums), log_rest, BLOCK=block, **OPTIONS)
+    move_kernel[(len(sums),)](
+        sums, means.distributions, means.counts, len(sums), log_rest, BLOCK=_every(len(sums)), **OPTIONS
+    )

@@ -1,4 +1,4 @@
-"""Triton kernels of the label term: its loss and gradient in one launch, what its statistics take in in one or two."""
+"""Triton kernels of labels: loss and gradient in one launch, what the statistics take in in one or two, the gate."""
 
 from __future__ import annotations
 
@@ -193,6 +193,36 @@ def move_kernel(  # type: ignore[no-untyped-def]
     before = tl.load(distributions_ptr + own * classes + c, mask=inside, other=0.0)
     tl.store(distributions_ptr + own * classes + c, between(before, mean, share), mask=inside)
     tl.store(counts_ptr + own, total)
+
+
+@triton.jit
+def fitted_kernel(  # type: ignore[no-untyped-def]
+    logits_ptr, of_row, of_class, target_ptr, fitted_ptr, classes, ignore_index, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Square of the probability that one row gives to its label; 1 if that is ignored, 0 if it is no number."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_row = logits_ptr + row * of_row
+    label = tl.load(target_ptr + row).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    done = classes * 0
+    while done < classes:
+        x = tl.load(logits_row + (done + c) * of_class, mask=done + c < classes, other=float("-inf")).to(tl.float32)
+        largest = tl.maximum(largest, x)
+        done += BLOCK
+    peak = tl.max(largest, axis=0)
+    exponentials, of_label = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    done = classes * 0
+    while done < classes:
+        inside = done + c < classes
+        x = tl.load(logits_row + (done + c) * of_class, mask=inside, other=float("-inf")).to(tl.float32)
+        exponential = tl.where(inside, tl.exp(x - peak), 0.0)
+        exponentials += exponential
+        of_label += tl.where(done + c == label, exponential, 0.0)
+        done += BLOCK
+    probability = tl.sum(of_label, axis=0) / tl.sum(exponentials, axis=0)
+    found = tl.where(probability == probability, probability * probability, 0.0)
+    tl.store(fitted_ptr + row, tl.where(label == ignore_index, 1.0, found))
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Which label terms the Triton kernels take, and that they are used where they work."""
+"""Which label terms and gates the Triton kernels take, and that they are used where they work."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sfr.labels.past_predictions import PastPredictions
 from sfr.transport.fallback import OptionalSolver
 
 
-def _load_fused() -> Callable[..., Tensor]:
-    from sfr.labels.fused import fused_loss
+def _load() -> Callable[..., Tensor]:
+    from sfr.labels import fused
 
-    return fused_loss
+    return lambda name, *arguments: getattr(fused, name)(*arguments)
 
 
-fused_loss = OptionalSolver(
-    "triton", _load_fused, "the fused label term does not run here, so PyTorch's operations take its place"
+label_kernels = OptionalSolver(
+    "triton", _load, "the kernels of the label term do not run here, so PyTorch's operations take their place"
 )
 
 
@@ -33,24 +33,34 @@ def loss_on_a_device(
     ignore_index: int,
 ) -> Tensor | None:
     """Return :func:`sfr.labels.fused.fused_loss`, or None where the kernels do not take or do not run such a step."""
-    if fused_loss.given_up or not _fits(logits, target, source):
+    if not _fit(logits, target) or not _serves(source, logits.shape[1]):
         return None
-    return fused_loss(logits, target, source, numbers, alpha, ignore_index)
+    return label_kernels("fused_loss", logits, target, source, numbers, alpha, ignore_index)
 
 
-def _fits(logits: Tensor, target: Tensor, source: ClassMeans | PastPredictions | None) -> bool:
-    if (
-        not logits.is_cuda
-        or type(logits) is not Tensor
-        or logits.ndim != 2
-        or logits.dtype not in (torch.float16, torch.bfloat16, torch.float32)
-        or not len(logits)
-        or target.is_floating_point()
-        or torch.compiler.is_compiling()
-    ):
-        return False
-    if isinstance(source, ClassMeans):  # of which all rows move
-        return logits.shape[1] <= ALL_ROWS_UP_TO
-    # Ranks exchange what they said of their samples, of which each may have another number.
-    alone = not (dist.is_available() and dist.is_initialized())
-    return source is None or alone or not source.sync
+def fitted_on_a_device(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor | None:
+    """Return :func:`sfr.labels.fused.fused_fitted`, or None where the kernels do not take or do not run it."""
+    return label_kernels("fused_fitted", logits, target, ignore_index) if _fit(logits, target) else None
+
+
+def _fit(logits: Tensor, target: Tensor) -> bool:
+    """Whether these are on an NVIDIA or AMD device, logits (B, K) of at most float32 and class indices (B,)."""
+    return (
+        not label_kernels.given_up
+        and logits.is_cuda
+        and type(logits) is Tensor
+        and type(target) is Tensor
+        and target.device == logits.device
+        and logits.ndim == 2
+        and logits.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and len(logits) > 0
+        and not target.is_floating_point()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _serves(source: ClassMeans | PastPredictions | None, classes: int) -> bool:
+    """Whether the kernels ask this source: its rows all move, and ranks exchange no samples of which they differ."""
+    if isinstance(source, ClassMeans):
+        return classes <= ALL_ROWS_UP_TO
+    return source is None or not (source.sync and dist.is_available() and dist.is_initialized())

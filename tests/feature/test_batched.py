@@ -14,6 +14,7 @@ import sfr.feature.term
 import sfr.transport.dispatch as dispatch
 from sfr.feature.results import Terms
 from sfr.feature.term import feature_terms
+from sfr.labels.on_a_device import label_kernels
 from sfr.transport import default_solver
 from sfr.transport.exact import compiled_assignment
 
@@ -139,6 +140,7 @@ def test_a_step_has_the_gradients_of_one_on_the_cpu(make_net: Callable[..., nn.M
         with pytest.MonkeyPatch.context() as patch:
             if on_device:
                 pass_for_a_device(patch)
+                patch.setattr(label_kernels, "given_up", True)
             model = sfr.SFRWrapper(net)
             criterion = sfr.SFRLoss(model, feature_weight=10.0)
             criterion(model(batch[0]), batch[1]).backward()
@@ -157,6 +159,7 @@ def test_a_step_launches_sixty_kernels_more_for_four_stages(
     """Counted without a GPU; one pair at a time it was 405, and 1,587 with the plans."""
     pytest.importorskip("numba")
     pass_for_a_device(monkeypatch)
+    monkeypatch.setattr(label_kernels, "given_up", True)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # which knows no such device
     step = StepWithoutMemory(dtype, gate=gate)
     step()  # creates what is created once

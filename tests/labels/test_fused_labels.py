@@ -14,6 +14,7 @@ from torch import Tensor
 import sfr
 from sfr.labels import DynamicLabelSmoothing, smoothing
 from sfr.labels import on_a_device as way
+from sfr.labels.fitted import fitted
 from sfr.transport.fallback import OptionalSolver
 
 pytest.importorskip("triton")
@@ -40,14 +41,14 @@ of_each_source = pytest.mark.parametrize("options", OF_SOURCE.values(), ids=OF_S
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a program take the classes in two goes, and the solver be tried again after a test that broke it."""
     monkeypatch.setattr(fused, "LONGEST_BLOCK", 16)
-    monkeypatch.setattr(way, "fused_loss", OptionalSolver("triton", way._load_fused, way.fused_loss.failure))
+    monkeypatch.setattr(way, "label_kernels", OptionalSolver("triton", way._load, way.label_kernels.failure))
 
 
 def on_a_device(patch: pytest.MonkeyPatch, *, kernels: bool = True) -> None:
     """Let logits in the CPU's memory pass for those of a CUDA device, whose values the host does not look at."""
     pass_for_a_device(patch)
     patch.setattr(smoothing, "may_hold_impossible", lambda _: True)
-    patch.setattr(way.fused_loss, "given_up", not kernels)
+    patch.setattr(way.label_kernels, "given_up", not kernels)
 
 
 def step(number: int, rows: int = ROWS, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,7 +206,7 @@ def test_kernels_that_do_not_start_are_replaced_with_one_warning(monkeypatch: py
     expected = F.cross_entropy(logits, target, label_smoothing=0.1)
     monkeypatch.setattr(fused, "loss_kernel", Broken())
     criterion = DynamicLabelSmoothing("uniform")
-    with pytest.warns(UserWarning, match=r"fused label term does not run here.*no compiler"):
+    with pytest.warns(UserWarning, match=r"kernels of the label term do not run here.*no compiler"):
         torch.testing.assert_close(criterion(logits, target), expected)
     torch.testing.assert_close(criterion(logits, target), expected)
 
@@ -257,7 +258,19 @@ class Counted:
         return launch
 
 
-KERNELS = ("loss_kernel", "keep_kernel", "class_sums_kernel", "move_kernel")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_gate_is_that_of_pytorchs_operations(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    logits, target, _ = step(0, rows=8, dtype=dtype)
+    logits[3, 1], logits[4, 1], logits[5], logits[6, target[6]] = torch.nan, torch.inf, -torch.inf, -torch.inf
+    expected = fitted(logits, target, -100)
+    on_a_device(monkeypatch)
+    monkeypatch.setattr(F, "cross_entropy", None)
+    torch.testing.assert_close(fitted(logits, target.int(), -100), expected)
+    assert expected[:3].all()
+    assert expected[2] == 1
+
+
+KERNELS = ("loss_kernel", "keep_kernel", "class_sums_kernel", "move_kernel", "fitted_kernel")
 
 
 @of_each_source
@@ -285,7 +298,7 @@ from triton.compiler import ASTSource
 from sfr.labels import kernels
 
 keyword = "constexprs" if "constexprs" in inspect.signature(ASTSource).parameters else "constants"  # its older name
-floats = ("loss_ptr", "gradient_ptr", "sides_ptr", "sums_ptr", "distributions_ptr", "counts_ptr")
+floats = ("loss_ptr", "gradient_ptr", "sides_ptr", "sums_ptr", "distributions_ptr", "counts_ptr", "fitted_ptr")
 kinds = dict.fromkeys(floats, "*fp32") | {"logits_ptr": "*bf16", "table_ptr": "*fp16", "correct_ptr": "*i32"}
 kinds |= dict.fromkeys(("target_ptr", "numbers_ptr", "count_ptr"), "*i64")
 kinds |= dict.fromkeys(("alpha", "left_to_labels", "momentum", "log_rest"), "fp32")
@@ -296,6 +309,7 @@ for capability, kernel, own, constants in (
     (90, kernels.keep_kernel, {}, {"BLOCK": 128}),
     (80, kernels.class_sums_kernel, {}, {"BLOCK": 2048}),
     (90, kernels.move_kernel, {}, {"BLOCK": 128}),
+    (80, kernels.fitted_kernel, {}, {"BLOCK": 1024}),
 ):
     of_all = kinds | own | dict.fromkeys(constants, "constexpr")
     signature = {name: of_all.get(name, "i32") for name in kernel.arg_names}
