@@ -36,7 +36,7 @@ RAMPS: dict[str, Any] = {
     "smoothing": "class_mean",
     "alpha": Ramp(0.3, 0.1, steps=50, after=10),
 }
-STAGES: dict[str, Any] = {"stages": ("layer1", "layer2", "layer3"), "layout": "channels_last", "prefix_tokens": 1}
+STAGES: dict[str, Any] = {"stages": ("layer1", "layer2", "layer3"), "layout": "sequence_first", "prefix_tokens": 1}
 tables = pytest.mark.parametrize(
     "values",
     [{}, FULL, PAST, RAMPS, IN_PLACE],

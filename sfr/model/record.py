@@ -207,6 +207,7 @@ class Record:
         if self.stage_names is None and agree:
             names = first_found(names, model, self.settings)
         views = settle(trace, views_of(trace, names))
+        self.settings.check_tokens([view.layout for view in views.values()] if len(views) == len(names) else [])
         if self.stage_names is None:
             self.tap({name: model.get_submodule(name) for name in names})
             self.left_out = single_cells(trace)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,3 +41,17 @@ class StageSettings:
                     f"sequence of {kinds}"
                 )
             object.__setattr__(self, "stages", stages)
+        if self.layout in ("channels_first", "channels_last"):
+            self.check_tokens([self.layout])
+
+    def check_tokens(self, layouts: Collection[str]) -> None:
+        """Raise a ``ValueError`` if prefix tokens are to be dropped of stages none of which gives tokens.
+
+        Args:
+            layouts: of the outputs of all stages.
+        """
+        if self.prefix_tokens not in ("auto", 0) and layouts and not {"tokens", "sequence_first"} & {*layouts}:
+            raise ValueError(
+                f"prefix_tokens={self.prefix_tokens} has no effect: the stages give no sequence of tokens but "
+                f"{' and '.join(sorted({*layouts}))}. Leave it out, or name stages that give tokens"
+            )

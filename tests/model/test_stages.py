@@ -510,6 +510,19 @@ def test_more_prefix_tokens_than_tokens_are_an_error_that_names_the_stage():
         train(model, torch.randn(2, 3, 32, 32))
 
 
+@pytest.mark.parametrize("stages", [None, ["1", "3"]], ids=["found", "named"])
+def test_prefix_tokens_of_stages_without_tokens_are_an_error(make_net, stages):
+    for model in (
+        sfr.SFRWrapper(make_net(), stages=stages, prefix_tokens=0),
+        sfr.SFRWrapper(make_net(), stages=stages),
+    ):
+        model(torch.randn(2, 3, 16, 16))
+    with pytest.raises(ValueError, match=r"prefix_tokens=1 has no effect.*but channels_first\. Leave it out"):
+        sfr.SFRWrapper(make_net(), stages=stages, prefix_tokens=1)(torch.randn(2, 3, 16, 16))
+    with pytest.raises(ValueError, match=r"prefix_tokens=1 has no effect.*channels_last"):
+        sfr.SFRWrapper(make_net(), stages=stages, prefix_tokens=1, layout="channels_last")
+
+
 def test_named_stages_lose_their_prefix_tokens_too():
     vit = VisionTransformer(32, 8, embed_dim=16, depth=3, num_heads=2, num_classes=10)
     model = sfr.SFRWrapper(vit, stages=["blocks.0", "blocks.2"])
