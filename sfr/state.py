@@ -61,9 +61,9 @@ class TensorState(nn.Module):
 
 
 def copy_of(value: Any) -> Tensor:
-    """Return a copy that may be written into, also inside ``torch.inference_mode()``."""
+    """Return a contiguous copy that may be written into, also inside ``torch.inference_mode()``."""
     with torch.inference_mode(False):
-        return torch.as_tensor(value).detach().clone()
+        return torch.as_tensor(value).detach().clone(memory_format=torch.contiguous_format)
 
 
 def whole_number(name: str, value: Tensor) -> int:

@@ -13,7 +13,8 @@ EARLIER = "sfr@cost=sqeuclidean,weight=0.2,smoothing=class_mean"
 FEATURES = "sfr@cost=sqeuclidean,weight=0.2"
 PAST = "sfr@smoothing=past,alpha=0,alpha_end=0.8,cost=sqeuclidean,weight=0.2"
 FEW_LABELS, NOISY_LABELS = "sfr@preset=few-labels", "sfr@preset=noisy-labels"
-# What the latter is without the feature term.
+FEW_LABELS_UNGATED = "sfr@preset=few-labels,gate=none"
+# What the preset for wrong labels is without the feature term.
 NOISY_ALONE = "sfr@preset=noisy-labels,feature_weight=0"
 # By the size of the images: vanilla for as long as sfr takes.
 LONGER = {32: "vanilla-longer@factor=1.02", 16: "vanilla-longer@factor=1.1"}
@@ -38,6 +39,7 @@ PEERS = {
     FEATURES: "**sfr**, earlier default's features alone",
     PAST: "**sfr**, earlier default with past predictions",
     FEW_LABELS: "**sfr**, preset few-labels (past predictions)",
+    FEW_LABELS_UNGATED: "**sfr**, preset few-labels without the gate",
     "sfr-cutmix@cost=sqeuclidean,weight=0.2,smoothing=class_mean": "**sfr**, earlier default + CutMix",
 }
 LADDER = {

@@ -32,8 +32,8 @@ def fused_loss(
     Args:
         logits: shape (B, K), of at most float32.
         target: class indices, shape (B,).
-        source: where the distributions come from, or None for the uniform one; class means of few enough classes that
-            all rows move at once; past predictions that no other rank waits for.
+        source: where the distributions come from, prepared for such logits, or None for the uniform one; class means
+            of few enough classes that all rows move at once; past predictions that no other rank waits for.
         numbers: of the samples in the training set, shape (B,), for past predictions.
         alpha: share of the distributions in the targets.
         ignore_index: class index of labels to be left out.
@@ -48,7 +48,14 @@ def fused_fitted(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     found = logits.new_empty(rows, dtype=torch.float32)
     with torch.cuda.device_of(logits):
         fitted_kernel[(rows,)](
-            logits, *logits.stride(), target, found, classes, ignore_index, BLOCK=_block(classes), **OPTIONS
+            logits,
+            *logits.stride(),
+            target.contiguous(),
+            found,
+            classes,
+            ignore_index,
+            BLOCK=_block(classes),
+            **OPTIONS,
         )
     return found
 
@@ -74,29 +81,27 @@ class _FusedLoss(torch.autograd.Function):
         alpha: float,
         ignore_index: int,
     ) -> Tensor:
-        rows, classes = logits.shape
+        (rows, classes), target = logits.shape, target.contiguous()
         gradient = logits.new_empty((rows, classes), dtype=torch.float32)
         losses, sides = gradient.new_empty(rows), gradient.new_empty((3, rows))
         correct = gradient.new_empty(rows, dtype=torch.int32)
         count = (target != ignore_index).sum()
         block = _block(classes)
         kind, towards, samples = kernels.UNIFORM, gradient, 0
-        if source is not None:
-            source.prepare(gradient)
         if isinstance(source, ClassMeans):
             kind, towards = kernels.CLASS_MEANS, source.distributions
         elif isinstance(source, PastPredictions):
             assert numbers is not None
             kind, towards, samples = kernels.PAST, source.table, source.num_samples
-            numbers = numbers.to(logits.device)
+            numbers = numbers.to(logits.device).contiguous()
         loss_kernel[(rows,)](
             logits, *logits.stride(), target, target if numbers is None else numbers, towards, count, losses, gradient,
-            sides, correct, rows, classes, samples, alpha, 1 - alpha, ignore_index, SOURCE=kind, BLOCK=block,
-            **OPTIONS,
+            sides, correct, rows, classes, samples, float(alpha), 1.0 - alpha, ignore_index, SOURCE=kind.value,
+            BLOCK=block, **OPTIONS,
         )  # fmt: skip
         if isinstance(source, PastPredictions):
             keep_kernel[(rows,)](
-                logits, *logits.stride(), numbers, sides, source.table, rows, classes, samples, source.momentum,
+                logits, *logits.stride(), numbers, sides, source.table, rows, classes, samples, float(source.momentum),
                 BLOCK=block, **OPTIONS,
             )  # fmt: skip
         elif source is not None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-UNIFORM, CLASS_MEANS, PAST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what targets are smoothed towards
+# What targets are smoothed towards; outside of the kernels the value of these, as Triton 3.2 takes nothing else.
+UNIFORM, CLASS_MEANS, PAST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 IMPOSSIBLE = tl.constexpr(-1e3)  # as in cross_entropy.py
 TINY = tl.constexpr(1.1754944e-38)  # the smallest normal float32
-NAN = tl.constexpr(float("nan"))
 LABELS = tl.constexpr(128)  # labels or numbers of samples that are read at a time
 
 
@@ -87,7 +87,7 @@ def loss_kernel(  # type: ignore[no-untyped-def]
         gradient = tl.where(kept, (whole * tl.exp(logarithm) - target) / count, 0.0)
         tl.store(gradient_ptr + row * classes + done + c, gradient, mask=inside)
         done += BLOCK
-    loss = tl.where(sound, -tl.sum(losses, axis=0), NAN)
+    loss = tl.where(sound, -tl.sum(losses, axis=0), float("nan"))
     tl.store(loss_ptr + row, tl.where(kept, loss, 0.0) / count)
     tl.store(sides_ptr + row, peak)
     tl.store(sides_ptr + rows + row, log_sum)

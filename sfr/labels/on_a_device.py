@@ -35,6 +35,8 @@ def loss_on_a_device(
     """Return :func:`sfr.labels.fused.fused_loss`, or None where the kernels do not take or do not run such a step."""
     if not _fit(logits, target) or not _serves(source, logits.shape[1]):
         return None
+    if source is not None:
+        source.prepare(logits.new_empty((0, logits.shape[1]), dtype=torch.float32))
     return label_kernels("fused_loss", logits, target, source, numbers, alpha, ignore_index)
 
 
@@ -54,8 +56,10 @@ def _fit(logits: Tensor, target: Tensor) -> bool:
         and logits.ndim == 2
         and logits.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and len(logits) > 0
+        and logits.shape[1] * abs(logits.stride(1)) < 2**31
         and not target.is_floating_point()
         and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None  # of torch.func, whose tensors hide their values
     )
 
 
