@@ -13,33 +13,23 @@ from torch import Tensor
 from sfr.labels import kernels
 from sfr.labels.class_means import ClassMeans
 from sfr.labels.kernels import class_sums_kernel, fitted_kernel, keep_kernel, loss_kernel, move_kernel
+from sfr.labels.on_a_device import LabelStep
 from sfr.labels.past_predictions import PastPredictions
 
 LONGEST_BLOCK = 4096  # classes that a program takes at a time
 OPTIONS = {"enable_fp_fusion": True}  # the same arithmetic with every Triton: 3.9 warns that its default will change
 
 
-def fused_loss(
-    logits: Tensor,
-    target: Tensor,
-    source: ClassMeans | PastPredictions | None,
-    numbers: Tensor | None,
-    alpha: float,
-    ignore_index: int,
-) -> Tensor:
+def fused_loss(logits: Tensor, step: LabelStep) -> Tensor:
     """Return the loss of :class:`sfr.DynamicLabelSmoothing` in a training step, 0-d float32, and tell the source of it.
 
     Args:
         logits: shape (B, K), of at most float32.
-        target: class indices, shape (B,).
-        source: where the distributions come from, prepared for such logits, or None for the uniform one; class means
-            of few enough classes that all rows move at once; past predictions that no other rank waits for.
-        numbers: of the samples in the training set, shape (B,), for past predictions.
-        alpha: share of the distributions in the targets.
-        ignore_index: class index of labels to be left out.
+        step: its source is prepared for such logits. Class means are of few enough classes that all rows move at once,
+            and past predictions none that another rank waits for.
     """
     with torch.cuda.device_of(logits):  # Triton launches on the current device, whatever it is given
-        return _FusedLoss.apply(logits, target, source, numbers, alpha, ignore_index)
+        return _FusedLoss.apply(logits, step)
 
 
 def fused_fitted(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
@@ -72,32 +62,24 @@ def _every(classes: int) -> int:
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        source: ClassMeans | PastPredictions | None,
-        numbers: Tensor | None,
-        alpha: float,
-        ignore_index: int,
-    ) -> Tensor:
-        (rows, classes), target = logits.shape, target.contiguous()
+    def forward(ctx: Any, logits: Tensor, step: LabelStep) -> Tensor:
+        (rows, classes), target, source = logits.shape, step.target.contiguous(), step.source
         gradient = logits.new_empty((rows, classes), dtype=torch.float32)
         losses, sides = gradient.new_empty(rows), gradient.new_empty((3, rows))
         correct = gradient.new_empty(rows, dtype=torch.int32)
-        count = (target != ignore_index).sum()
+        count = (target != step.ignore_index).sum()
         block = _block(classes)
-        kind, towards, samples = kernels.UNIFORM, gradient, 0
+        kind, towards, numbers, samples = kernels.UNIFORM, gradient, target, 0
         if isinstance(source, ClassMeans):
             kind, towards = kernels.CLASS_MEANS, source.distributions
         elif isinstance(source, PastPredictions):
-            assert numbers is not None
+            assert step.numbers is not None
             kind, towards, samples = kernels.PAST, source.table, source.num_samples
-            numbers = numbers.to(logits.device).contiguous()
+            numbers = step.numbers.to(logits.device).contiguous()
         loss_kernel[(rows,)](
-            logits, *logits.stride(), target, target if numbers is None else numbers, towards, count, losses, gradient,
-            sides, correct, rows, classes, samples, float(alpha), 1.0 - alpha, ignore_index, SOURCE=kind.value,
-            BLOCK=block, **OPTIONS,
+            logits, *logits.stride(), target, numbers, towards, count, losses, gradient,
+            sides, correct, rows, classes, samples, float(step.alpha), 1.0 - step.alpha, step.ignore_index,
+            SOURCE=kind.value, BLOCK=block, **OPTIONS,
         )  # fmt: skip
         if isinstance(source, PastPredictions):
             keep_kernel[(rows,)](
@@ -114,14 +96,14 @@ class _FusedLoss(torch.autograd.Function):
         return losses.sum()
 
     @staticmethod
-    def backward(ctx: Any, of_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_loss: Tensor) -> tuple[Tensor, None]:
         logits, gradient, sums = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient is to be differentiated itself
             softmax = F.softmax(logits, dim=1, dtype=torch.float32)
             result = (of_loss * (gradient + sums[:, None] * (softmax - softmax.detach()))).to(logits.dtype)
         else:
             result = torch.mul(gradient, of_loss, out=torch.empty_like(gradient, dtype=logits.dtype))
-        return (result, *(None,) * 5)
+        return result, None
 
 
 def _move(means: ClassMeans, sums: Tensor) -> None:

@@ -38,13 +38,7 @@ def loss_kernel(  # type: ignore[no-untyped-def]
     place = tl.where(sound, place, 0)
     towards_row = towards_ptr + place
 
-    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    done = classes * 0
-    while done < classes:
-        x = tl.load(logits_row + (done + c) * of_class, mask=done + c < classes, other=float("-inf")).to(tl.float32)
-        largest = tl.maximum(largest, x)
-        done += BLOCK
-    peak = tl.max(largest, axis=0)
+    peak = largest(logits_row, of_class, classes, c)
 
     exponentials, said = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     predicted = tl.full((BLOCK,), 2147483647, tl.int32)
@@ -95,6 +89,18 @@ def loss_kernel(  # type: ignore[no-untyped-def]
     if SOURCE == CLASS_MEANS:
         is_correct = sound & kept & (tl.min(predicted, axis=0) == label) & (log_sum == log_sum)
         tl.store(correct_ptr + row, tl.where(is_correct, label, -1).to(tl.int32))
+
+
+@triton.jit
+def largest(logits_row, of_class, classes, c):  # type: ignore[no-untyped-def]
+    """Return the largest logit of a row."""
+    found = tl.full(c.shape, float("-inf"), tl.float32)
+    done = classes * 0
+    while done < classes:
+        x = tl.load(logits_row + (done + c) * of_class, mask=done + c < classes, other=float("-inf")).to(tl.float32)
+        found = tl.maximum(found, x)
+        done += c.shape[0]
+    return tl.max(found, axis=0)
 
 
 @triton.jit
@@ -204,13 +210,7 @@ def fitted_kernel(  # type: ignore[no-untyped-def]
     logits_row = logits_ptr + row * of_row
     label = tl.load(target_ptr + row).to(tl.int64)
     c = tl.arange(0, BLOCK)
-    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    done = classes * 0
-    while done < classes:
-        x = tl.load(logits_row + (done + c) * of_class, mask=done + c < classes, other=float("-inf")).to(tl.float32)
-        largest = tl.maximum(largest, x)
-        done += BLOCK
-    peak = tl.max(largest, axis=0)
+    peak = largest(logits_row, of_class, classes, c)
     exponentials, of_label = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     done = classes * 0
     while done < classes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,20 +25,31 @@ label_kernels = OptionalSolver(
 )
 
 
-def loss_on_a_device(
-    logits: Tensor,
-    target: Tensor,
-    source: ClassMeans | PastPredictions | None,
-    numbers: Tensor | None,
-    alpha: float,
-    ignore_index: int,
-) -> Tensor | None:
+class LabelStep(NamedTuple):
+    """What the labels of one training step ask of its logits (B, K).
+
+    Args:
+        target: class indices, shape (B,).
+        source: where the distributions come from that targets are smoothed towards, or None for the uniform one.
+        numbers: of the samples in the training set, shape (B,), for past predictions.
+        alpha: share of the distributions in the targets.
+        ignore_index: class index of labels to be left out.
+    """
+
+    target: Tensor
+    source: ClassMeans | PastPredictions | None
+    numbers: Tensor | None
+    alpha: float
+    ignore_index: int
+
+
+def loss_on_a_device(logits: Tensor, step: LabelStep) -> Tensor | None:
     """Return :func:`sfr.labels.fused.fused_loss`, or None where the kernels do not take or do not run such a step."""
-    if not _fit(logits, target) or not _serves(source, logits.shape[1]):
+    if not _fit(logits, step.target) or not _serves(step.source, logits.shape[1]):
         return None
-    if source is not None:
-        source.prepare(logits.new_empty((0, logits.shape[1]), dtype=torch.float32))
-    return label_kernels("fused_loss", logits, target, source, numbers, alpha, ignore_index)
+    if step.source is not None:
+        step.source.prepare(logits.new_empty((0, logits.shape[1]), dtype=torch.float32))
+    return label_kernels("fused_loss", logits, step)
 
 
 def fitted_on_a_device(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor | None:

@@ -24,7 +24,7 @@ from sfr.config import (
 )
 from sfr.labels.class_means import STATISTICS, ClassMeans
 from sfr.labels.cross_entropy import cross_entropy, cross_entropy_towards, may_hold_impossible
-from sfr.labels.on_a_device import loss_on_a_device
+from sfr.labels.on_a_device import LabelStep, loss_on_a_device
 from sfr.labels.past_predictions import PastPredictions
 from sfr.labels.source import Batch
 from sfr.labels.targets import checked_target, smooth_labels
@@ -227,7 +227,7 @@ class DynamicLabelSmoothing(TensorState):
             raise ValueError(f"num_classes={self.num_classes}, and the logits have {logits.shape[1]}")
 
     def _towards_the_source(self, logits: Tensor, target: Tensor, index: Tensor | None, alpha: float) -> Tensor:
-        found = loss_on_a_device(logits, target, self.source, index, alpha, self.ignore_index)
+        found = loss_on_a_device(logits, LabelStep(target, self.source, index, alpha, self.ignore_index))
         if found is not None:
             return found
         batch = Batch.of(logits, target, self.ignore_index, index)

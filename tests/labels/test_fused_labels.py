@@ -81,6 +81,13 @@ class Compared:
         return tuple(results)
 
 
+def loss_of(
+    logits: Tensor, target: Tensor, criterion: DynamicLabelSmoothing, numbers: Tensor | None = None
+) -> Tensor | None:
+    """Return what the kernels give for labels that no criterion has looked at; None where they do not take them."""
+    return way.loss_on_a_device(logits, way.LabelStep(target, criterion.source, numbers, 0.5, -100))
+
+
 @of_each_source
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_losses_gradients_and_statistics_are_those_of_pytorchs_operations(
@@ -148,8 +155,9 @@ def test_past_predictions_that_ranks_exchange_are_left_to_pytorch(monkeypatch: p
     on_a_device(monkeypatch)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     for sync in (True, False):
-        source = DynamicLabelSmoothing("past", num_samples=SAMPLES, sync=sync).source
-        assert (way.loss_on_a_device(*step(0)[:2], source, step(0)[2], 0.5, -100) is None) == sync
+        criterion = DynamicLabelSmoothing("past", num_samples=SAMPLES, sync=sync)
+        logits, target, numbers = step(0)
+        assert (loss_of(logits, target, criterion, numbers) is None) == sync
 
 
 def test_a_label_or_number_out_of_range_makes_the_loss_nan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,14 +168,14 @@ def test_a_label_or_number_out_of_range_makes_the_loss_nan(monkeypatch: pytest.M
         given = target.clone()
         given[3] = wrong
         for options in ({"mode": "uniform"}, {"mode": "class_mean"}):
-            found = way.loss_on_a_device(logits, given, DynamicLabelSmoothing(**options).source, None, 0.5, -100)
+            found = loss_of(logits, given, DynamicLabelSmoothing(**options))
             assert found is not None
             assert found.isnan(), (wrong, options)
     criterion = DynamicLabelSmoothing("past", num_samples=SAMPLES)
     for wrong in (SAMPLES, -1):
         given = numbers.clone()
         given[3] = wrong
-        found = way.loss_on_a_device(logits, target, criterion.source, given, 0.5, -100)
+        found = loss_of(logits, target, criterion, given)
         assert found is not None
         assert found.isnan()
     assert criterion.past is not None
@@ -215,6 +223,14 @@ def test_an_error_of_the_caller_is_raised_and_the_kernels_go_on(monkeypatch: pyt
     torch.func.grad(lambda leaf: DynamicLabelSmoothing("uniform")(leaf, target))(logits)
     torch.func.vmap(lambda leaf: fitted(leaf, target, -100))(logits[None])
     assert not way.label_kernels.given_up
+
+
+@pytest.mark.parametrize("mode", ["uniform", "class_mean"])
+def test_numbers_that_nobody_asks_for_are_not_looked_at(monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
+    on_a_device(monkeypatch)
+    logits, target, _ = step(0)
+    loss = DynamicLabelSmoothing(mode)(logits, target, torch.empty(ROWS, device="meta"))
+    torch.testing.assert_close(loss, DynamicLabelSmoothing(mode)(logits, target))
 
 
 def test_logits_too_far_apart_for_the_kernels_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
