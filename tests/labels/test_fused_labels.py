@@ -33,7 +33,9 @@ OF_SOURCE: dict[str, dict[str, Any]] = {
 }
 # NumPy, by which the interpreter computes, warns of each NaN.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")
+KINDS = ("uniform", "class means", "mean of the past")
 of_each_source = pytest.mark.parametrize("options", OF_SOURCE.values(), ids=OF_SOURCE)
+of_each_kind = pytest.mark.parametrize("options", [OF_SOURCE[kind] for kind in KINDS], ids=KINDS)
 
 
 @pytest.fixture(autouse=True)
@@ -88,8 +90,11 @@ def loss_of(
     return way.loss_on_a_device(logits, way.LabelStep(target, criterion.source, numbers, 0.5, -100))
 
 
-@of_each_source
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+ALL = [(options, torch.float32) for options in OF_SOURCE.values()]
+HALF = [(OF_SOURCE[kind], dtype) for kind in KINDS for dtype in (torch.bfloat16, torch.float16)]
+
+
+@pytest.mark.parametrize(("options", "dtype"), ALL + HALF, ids=str)
 def test_losses_gradients_and_statistics_are_those_of_pytorchs_operations(
     options: dict[str, Any], dtype: torch.dtype
 ) -> None:
@@ -107,7 +112,7 @@ def test_losses_gradients_and_statistics_are_those_of_pytorchs_operations(
         assert both.own.past.table.any(dim=1).sum() > ROWS
 
 
-@of_each_source
+@of_each_kind
 @pytest.mark.parametrize("hidden", [-torch.inf, -1e4, torch.finfo(torch.float32).min])
 def test_an_impossible_class_takes_no_share(options: dict[str, Any], hidden: float) -> None:
     both = Compared(**options)
@@ -120,7 +125,7 @@ def test_an_impossible_class_takes_no_share(options: dict[str, Any], hidden: flo
         torch.testing.assert_close(gradient, of_expected, rtol=1e-4, atol=1e-6)
 
 
-@of_each_source
+@of_each_kind
 @pytest.mark.parametrize("strange", [torch.nan, torch.inf])
 def test_a_row_that_is_not_finite_reaches_no_statistics(options: dict[str, Any], strange: float) -> None:
     both = Compared(**options)
@@ -133,7 +138,7 @@ def test_a_row_that_is_not_finite_reaches_no_statistics(options: dict[str, Any],
     assert all(value.isfinite().all() for value in both.own.state_dict().values())
 
 
-@of_each_source
+@of_each_kind
 def test_where_all_labels_are_ignored_the_loss_is_nan(options: dict[str, Any]) -> None:
     logits, target, numbers = step(0)
     loss, _, expected, _ = Compared(**options).step(logits, target.fill_(-100), numbers)
@@ -182,7 +187,7 @@ def test_a_label_or_number_out_of_range_makes_the_loss_nan(monkeypatch: pytest.M
     assert criterion.past.table.isfinite().all()
 
 
-@of_each_source
+@of_each_kind
 def test_any_layout_and_any_integer_will_do(options: dict[str, Any]) -> None:
     """Columns of a table of labels, every second of a batch, one label for all."""
     logits, target, numbers = step(0)
@@ -199,7 +204,7 @@ def test_any_layout_and_any_integer_will_do(options: dict[str, Any]) -> None:
     torch.testing.assert_close(own, plain)
 
 
-@of_each_source
+@of_each_kind
 def test_a_state_may_be_of_any_layout(options: dict[str, Any]) -> None:
     both = Compared(**options)
     both.step(*step(0))
@@ -242,7 +247,7 @@ def test_logits_too_far_apart_for_the_kernels_are_left_to_pytorch(monkeypatch: p
     assert way.fitted_on_a_device(far, labels, -100) is None
 
 
-@of_each_source
+@of_each_kind
 def test_the_gradient_can_be_differentiated(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     logits, target, numbers = step(0)
     second = []
