@@ -16,7 +16,7 @@ Grid = tuple[int, ...]
 
 # Up to so many cells a map is pooled by a matrix product, which on the CPU is faster than PyTorch's pooling; where the
 # cells of the grid are equal windows of an image's map, from so many on by two sums.
-MATRIX_UP_TO, SUMS_FROM = 2**14, 2**8
+MATRIX_UP_TO, SUMS_FROM = 2**14, 2**10
 
 NO_GRADIENT = (
     "the label term has no gradient for a stage, though the logits come from it: a part of the model stops it, as an "

@@ -17,6 +17,7 @@ SHAPES = [
     ((16, 24), (4, 4)),
     ((17, 19), (4, 4)),
     ((32, 32), (1, 3)),
+    ((32, 48), (4, 4)),
     ((6, 5, 4), (2, 2, 2)),
 ]
 every_shape = pytest.mark.parametrize(("spatial", "grid"), SHAPES, ids=str)
