@@ -46,8 +46,8 @@ def feature_terms(
             one for them; see :func:`sfr.feature.pooling.pool`.
         order: names of all stages; pairs of a stage that `maps` lacks are left out. Default: the names in `maps`.
         pairs, max_grid, grouping, detach_deep, cost, matching, marginals, solver: see :class:`sfr.SFRConfig`.
-        kernels: on a device use the Triton kernels (:mod:`sfr.feature.fused`) or, where they cannot take the maps, one
-            batch (:mod:`sfr.feature.batched`), as far as that has the settings.
+        kernels: on a device use the Triton kernels (``sfr.feature.fused``) or, where they cannot take the maps, one
+            batch (``sfr.feature.batched``), as far as that has the settings.
 
     Example:
         >>> maps = {"layer1": torch.randn(2, 8, 16, 16), "layer2": torch.randn(2, 16, 8, 8)}
