@@ -14,12 +14,11 @@ from torch import Tensor
 
 from sfr.feature.kernels import cost_kernel, gradient_kernel, join_kernel, pool_kernel
 from sfr.feature.pooling import Grid, Join
-from sfr.transport.fused import fused_plan
+from sfr.transport.fused import OPTIONS, fused_plan
 from sfr.transport.proximal import ITERATIONS, default_beta
 
 MAPS = 8  # arguments for maps that the pooling kernel has
 BLOCK_C, BLOCK_P = 64, 32  # channels and positions of a map that a program takes at a time
-OPTIONS = {"enable_fp_fusion": True}  # the same arithmetic with every Triton: 3.9 warns that its default will change
 
 
 def fused_values(

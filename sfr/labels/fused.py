@@ -15,9 +15,9 @@ from sfr.labels.class_means import ClassMeans
 from sfr.labels.kernels import class_sums_kernel, fitted_kernel, keep_kernel, loss_kernel, move_kernel
 from sfr.labels.on_a_device import LabelStep
 from sfr.labels.past_predictions import PastPredictions
+from sfr.transport.fused import OPTIONS
 
 LONGEST_BLOCK = 4096  # classes that a program takes at a time
-OPTIONS = {"enable_fp_fusion": True}  # the same arithmetic with every Triton: 3.9 warns that its default will change
 
 
 def fused_loss(logits: Tensor, step: LabelStep) -> Tensor:

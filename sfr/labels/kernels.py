@@ -5,9 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sfr.labels import cross_entropy
+
 # What targets are smoothed towards; outside of the kernels the value of these, as Triton 3.2 takes nothing else.
 UNIFORM, CLASS_MEANS, PAST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-IMPOSSIBLE = tl.constexpr(-1e3)  # as in cross_entropy.py
+IMPOSSIBLE = tl.constexpr(cross_entropy.IMPOSSIBLE)
 TINY = tl.constexpr(1.1754944e-38)  # the smallest normal float32
 LABELS = tl.constexpr(128)  # labels or numbers of samples that are read at a time
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,9 @@ label_kernels = OptionalSolver(
 )
 
 
+Source: TypeAlias = ClassMeans | PastPredictions
+
+
 class LabelStep(NamedTuple):
     """What the labels of one training step ask of its logits (B, K).
 
@@ -37,7 +40,7 @@ class LabelStep(NamedTuple):
     """
 
     target: Tensor
-    source: ClassMeans | PastPredictions | None
+    source: Source | None
     numbers: Tensor | None
     alpha: float
     ignore_index: int
@@ -75,7 +78,7 @@ def _fit(logits: Tensor, target: Tensor) -> bool:
     )
 
 
-def _serves(source: ClassMeans | PastPredictions | None, classes: int) -> bool:
+def _serves(source: Source | None, classes: int) -> bool:
     """Whether the kernels ask this source: its rows all move, and ranks exchange no samples of which they differ."""
     if isinstance(source, ClassMeans):
         return classes <= ALL_ROWS_UP_TO

@@ -24,7 +24,7 @@ from sfr.config import (
 )
 from sfr.labels.class_means import STATISTICS, ClassMeans
 from sfr.labels.cross_entropy import cross_entropy, cross_entropy_towards, may_hold_impossible
-from sfr.labels.on_a_device import LabelStep, loss_on_a_device
+from sfr.labels.on_a_device import LabelStep, Source, loss_on_a_device
 from sfr.labels.past_predictions import PastPredictions
 from sfr.labels.source import Batch
 from sfr.labels.targets import checked_target, smooth_labels
@@ -142,7 +142,7 @@ class DynamicLabelSmoothing(TensorState):
         self.expect_classes(self.num_classes)
 
     @property
-    def source(self) -> ClassMeans | PastPredictions | None:
+    def source(self) -> Source | None:
         """Where the distributions come from that targets are smoothed towards; None for "uniform" and "none"."""
         return self.means or self.past
 

@@ -1,8 +1,8 @@
-"""What the sources of smoothed targets have in common: they are asked before a step, and told after it."""
+"""What the sources of smoothed targets are asked before a step, by `recall`, and told after it, by `observe`."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,21 +42,6 @@ class Batch(NamedTuple):
     def detached(self) -> Batch:
         """Return the step without its autograd graph."""
         return self._replace(log_probabilities=self.log_probabilities.detach())
-
-
-class Source(Protocol):
-    """Where the distributions come from that targets are smoothed towards."""
-
-    sync: bool
-
-    def check(self, logits: Tensor, target: Tensor, index: Tensor | None) -> None:
-        """Raise a ``TypeError`` or ``ValueError`` for a batch that the source cannot serve."""
-
-    def recall(self, batch: Batch) -> Tensor:
-        """Return a distribution (N, K) for each row, from what was observed before this step."""
-
-    def observe(self, batch: Batch) -> None:
-        """Take in what the network says in this step; with `sync`, on all ranks."""
 
 
 def check_sound(name: str, value: Tensor, *, axes: int, sums: tuple[float, float] | None = None) -> None:

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Of every launch, here and elsewhere.
+OPTIONS = {"enable_fp_fusion": True}  # the same arithmetic with every Triton: 3.9 warns that its default will change
 # As in scaling.py. Triton reads globals of this type only.
 TINY = tl.constexpr(1e-30)
 UNCHANGED = tl.constexpr(1e-7)  # a problem ends once its cost changes no more than this, relatively, in ten iterations
@@ -62,7 +64,7 @@ def fused_plan(
             BLOCK_N=block_n,
             BLOCK_M=block_m,
             num_warps=max(1, block_n * block_m // 512),  # 16 entries of a matrix per thread: the most without spilling
-            enable_fp_fusion=True,  # the same arithmetic with every Triton: 3.9 warns that its default will change
+            **OPTIONS,
         )
     return plan
 

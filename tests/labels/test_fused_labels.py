@@ -33,6 +33,7 @@ OF_SOURCE: dict[str, dict[str, Any]] = {
 }
 # NumPy, by which the interpreter computes, warns of each NaN.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")
+KERNELS = ("loss_kernel", "keep_kernel", "class_sums_kernel", "move_kernel", "fitted_kernel")
 KINDS = ("uniform", "class means", "mean of the past")
 of_each_source = pytest.mark.parametrize("options", OF_SOURCE.values(), ids=OF_SOURCE)
 of_each_kind = pytest.mark.parametrize("options", [OF_SOURCE[kind] for kind in KINDS], ids=KINDS)
@@ -312,47 +313,21 @@ def test_kernels_are_launched_on_the_device_of_the_logits(
     assert kernel.launches
 
 
-class Counted:
-    """Stands in for a kernel and counts its launches."""
-
-    launches = 0
-
-    def __getitem__(self, grid: Any) -> Any:
-        def launch(*_: Any, **__: Any) -> None:
-            Counted.launches += 1
-
-        return launch
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_gate_is_that_of_pytorchs_operations(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    logits, target, _ = step(0, rows=8, dtype=dtype)
-    logits[3, 1], logits[4, 1], logits[5], logits[6, target[6]] = torch.nan, torch.inf, -torch.inf, -torch.inf
-    expected = fitted(logits, target, -100)
-    on_a_device(monkeypatch)
-    monkeypatch.setattr(F, "cross_entropy", None)
-    torch.testing.assert_close(fitted(logits, target.int(), -100), expected)
-    assert expected[:3].all()
-    assert expected[2] == 1
-
-
-KERNELS = ("loss_kernel", "keep_kernel", "class_sums_kernel", "move_kernel", "fitted_kernel")
-
-
 @of_each_source
 def test_a_label_term_launches_eight_kernels(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted without a GPU, forward and backward together; by PyTorch's operations it is up to sixty."""
+    kernel = OnItsDevice(monkeypatch)
     on_a_device(monkeypatch)
     for name in KERNELS:
-        monkeypatch.setattr(fused, name, Counted())
+        monkeypatch.setattr(fused, name, kernel)
     numbers = torch.arange(8, device="meta") if options["mode"] == "past" else None
     smoothing_of = {name.replace("mode", "smoothing"): value for name, value in options.items()}
     counts = []
     for settings in (smoothing_of, {}):
         of_step = StepWithoutMemory(gate="none", feature_weight=0.0, index=numbers, **settings)
         of_step()  # creates what is created once
-        Counted.launches = 0
-        counts.append(of_step() + Counted.launches)
+        kernel.launches = 0
+        counts.append(of_step() + kernel.launches)
     of_cross_entropy = 4
     assert 4 <= counts[0] - counts[1] + of_cross_entropy <= 8
 

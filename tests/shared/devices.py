@@ -22,7 +22,7 @@ def pass_for_a_device(patch: pytest.MonkeyPatch) -> None:
 
 
 class OnItsDevice:
-    """Stands in for a kernel: a launch outside the device of the tensors is an error.
+    """Stands in for a kernel and counts its launches; one outside the device of the tensors is an error.
 
     Args:
         patch: undoes what the test patches.
