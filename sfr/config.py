@@ -9,6 +9,17 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, TypeAlias, TypedDict
 
 from sfr.checks import check_choice, check_number, items, near_names, plain_number
+from sfr.label_switches import (
+    DEFAULT_ALPHA,
+    EFFECTIVE,
+    Smoothing,
+    Update,
+    check_alpha,
+    check_early_learning,
+    check_effect,
+    check_momentum,
+    check_num_samples,
+)
 from sfr.old_names import OLD_NAMES, current_names, near_old_names
 from sfr.ramp import Ramp
 from sfr.warn import deprecated
@@ -23,62 +34,11 @@ Cost: TypeAlias = Literal["cosine", "sqeuclidean", "correlation"]
 Marginals: TypeAlias = Literal["uniform", "cross"]
 Matching: TypeAlias = Literal["transport", "in_place"]
 Solver: TypeAlias = Literal["auto", "exact", "proximal", "sinkhorn"]
-Smoothing: TypeAlias = Literal["class_mean", "past", "uniform", "none"]
 Gate: TypeAlias = Literal["fitted", "none"]
-Update: TypeAlias = Literal["running", "epoch"]
 Reduction: TypeAlias = Literal["mean", "none"]
 Preset: TypeAlias = Literal["few-labels", "noisy-labels"]
 
 IGNORE_INDEX = -100  # that of F.cross_entropy
-DEFAULT_ALPHA: dict[str, float] = {"class_mean": 0.5, "past": 0.5, "uniform": 0.1, "none": 0.0}
-DEFAULT_MOMENTUM: dict[str, float] = {"class_mean": 0.01, "past": 1.0}
-# Fields of the label term, and the kinds of smoothing that they have an effect on.
-EFFECTIVE: dict[tuple[str, ...], tuple[Smoothing, ...]] = {
-    ("alpha",): ("class_mean", "past", "uniform"),
-    ("momentum",): ("class_mean", "past"),
-    ("update",): ("class_mean",),
-}
-
-
-def check_num_samples(argument: str, mode: Smoothing, value: int | None) -> None:
-    """Raise unless the number of training samples is given where, and only where, the label term needs it."""
-    if (value is None) == (mode == "past"):
-        raise ValueError(f"num_samples must be given for {argument}='past' and only then; got {value!r}")
-    if value is not None:
-        check_number("num_samples", value, 1, whole=True)
-
-
-def check_effect(argument: str, smoothing: Smoothing, values: Mapping[str, Any]) -> None:
-    """Raise if fields of the label term have another value than their default and no effect.
-
-    Args:
-        argument: what the kind of smoothing is called there.
-        smoothing: its value.
-        values: the fields by name.
-    """
-    given = [name for name, value in values.items() if value != getattr(SFRConfig, name)]
-    idle = []
-    for names, kinds in EFFECTIVE.items():
-        useless = [name for name in names if name in given and smoothing not in kinds]
-        if useless:
-            idle.append(f"{', '.join(useless)} (of {argument}={' or '.join(map(repr, kinds))})")
-    if idle:
-        raise ValueError(f"without effect with {argument}={smoothing!r}, leave out: {'; '.join(idle)}")
-
-
-def check_alpha(alpha: float | Ramp | None) -> None:
-    """Raise if alpha leaves [0, 1]."""
-    if isinstance(alpha, Ramp):
-        for name in ("start", "end"):
-            check_number(f"alpha: the {name} of the ramp", getattr(alpha, name), 0, 1)
-    elif alpha is not None:
-        check_number("alpha", alpha, 0, 1)
-
-
-def check_momentum(momentum: float | None) -> None:
-    """Raise if the momentum leaves (0, 1]."""
-    if momentum is not None:
-        check_number("momentum", momentum, 1e-6, 1)
 
 
 class Switches(TypedDict, total=False):
@@ -99,6 +59,7 @@ class Switches(TypedDict, total=False):
     alpha: float | Ramp | None
     momentum: float | None
     update: Update
+    early_learning: float | Ramp
     ignore_index: int
 
 
@@ -143,8 +104,12 @@ class SFRConfig:
             (MixUp, CutMix) are smoothed only if `alpha` is given.
         momentum: weight of the newest in a running mean, in (0, 1]: of one sample in the class means, where None means
             0.01, about the last 100 samples; of the newest prediction for a sample with "past", where None means 1,
-            the last alone, and less is temporal ensembling (Laine & Aila, arXiv 1610.02242).
+            the last alone, and less is temporal ensembling (Laine & Aila, arXiv 1610.02242). With `early_learning` it
+            must be less than 1, and None means 0.3.
         update: "running" (class means move at every step) or "epoch" (Zhang et al.; call ``criterion.end_epoch()``).
+        early_learning: weight, >= 0, of the mean of log(1 - <t, p>) beside the label term of "past", where t is the
+            running mean of what the network predicted for a sample and p what it predicts now (ELR: Liu et al., arXiv
+            2007.00151, with 3 for ten classes and 7 for a hundred): against the learning of wrong labels.
         ignore_index: class index that marks a label to be left out of the label term; -100, as ``F.cross_entropy``.
 
     Raises:
@@ -171,6 +136,7 @@ class SFRConfig:
     alpha: float | Ramp | None = None
     momentum: float | None = None
     update: Update = "running"
+    early_learning: float | Ramp = 0.0
     ignore_index: int = IGNORE_INDEX
 
     def __post_init__(self) -> None:
@@ -187,7 +153,7 @@ class SFRConfig:
         idle = [name for name in ("marginals", "solver") if getattr(self, name) != getattr(SFRConfig, name)]
         if self.matching == "in_place" and idle:
             raise ValueError(f"without effect with matching='in_place', which solves no transport: {', '.join(idle)}")
-        for name in ("feature_weight", "alpha"):
+        for name in ("feature_weight", "alpha", "early_learning"):
             if isinstance(getattr(self, name), Mapping):  # a ramp that went through JSON
                 self._freeze(name, Ramp(**getattr(self, name)))
         if not isinstance(self.feature_weight, Ramp):
@@ -197,7 +163,8 @@ class SFRConfig:
         check_number("ignore_index", self.ignore_index, -(2**63), 2**63 - 1, whole=True)
         check_num_samples("smoothing", self.smoothing, self.num_samples)
         check_alpha(self.alpha)
-        check_effect("smoothing", self.smoothing, {name: getattr(self, name) for names in EFFECTIVE for name in names})
+        check_early_learning(self.early_learning, self.momentum)
+        check_effect("smoothing", self.smoothing, {name: getattr(self, name) for name in EFFECTIVE})
         if not isinstance(self.detach_deep, bool):
             raise TypeError(f"detach_deep must be a bool; got {self.detach_deep!r}")
         if isinstance(self.pairs, str):
@@ -229,12 +196,12 @@ class SFRConfig:
 
     def of_labels(self) -> dict[str, Any]:
         """Return the switches that :class:`sfr.DynamicLabelSmoothing` takes."""
-        names = ("alpha", "momentum", "update", "ignore_index", "num_samples")
+        names = (*EFFECTIVE, "ignore_index", "num_samples")
         return {"mode": self.smoothing} | {name: getattr(self, name) for name in names}
 
     def without_label_term(self) -> SFRConfig:
         """Return a configuration that goes with a loss of the user's own: what belongs to the label term is unset."""
-        names = ("smoothing", "num_samples", "ignore_index", *(name for names in EFFECTIVE for name in names))
+        names = ("smoothing", "num_samples", "ignore_index", *EFFECTIVE)
         return replace(self, **{name: getattr(SFRConfig, name) for name in names})
 
     def _freeze(self, name: str, value: Any) -> None:

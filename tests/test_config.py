@@ -30,7 +30,7 @@ FULL: dict[str, Any] = {
     "ignore_index": 255,
 }
 IN_PLACE: dict[str, Any] = {"matching": "in_place", "pairs": ((0.3, 0.7), (1, "layer4"))}
-PAST: dict[str, Any] = {"smoothing": "past", "num_samples": 1000, "alpha": 0.3}
+PAST: dict[str, Any] = {"smoothing": "past", "num_samples": 1000, "alpha": 0.3, "early_learning": 3}
 RAMPS: dict[str, Any] = {
     "feature_weight": Ramp(0, 0.7, steps=100),
     "smoothing": "class_mean",

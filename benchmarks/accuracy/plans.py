@@ -30,6 +30,7 @@ SCHEDULES = {
     "noise20-16px": Schedule(epochs=60, per_class=100, image_size=16, label_noise=0.2),
     "noise40-16px": Schedule(epochs=60, per_class=100, image_size=16, label_noise=0.4),
     "noise40-500": Schedule(epochs=100, per_class=500, image_size=16, label_noise=0.4, precision="fp32"),
+    "noise60-500": Schedule(epochs=100, per_class=500, image_size=16, label_noise=0.6, precision="fp32"),
     "noise40-all": Schedule(epochs=100, label_noise=0.4),
     "noise60-all": Schedule(epochs=100, label_noise=0.6),
     "full-30": Schedule(epochs=30),
@@ -153,7 +154,10 @@ PLANS = {
         Round("fine-tune-20", "test", range(6), tuple(FINE_TUNING), "efficientnet-lite0", dataset)
         for dataset in ("flowers", "elpv")
     ],
-    "wrong-labels": [Round("noise40-500", "held-out", range(100, 103), tuple(WRONG_LABELS), dataset="cifar10")],
+    "wrong-labels": [
+        Round(schedule, "held-out", range(100, 103), tuple(WRONG_LABELS), dataset="cifar10")
+        for schedule in ("noise40-500", "noise60-500")
+    ],
     "scan": [
         Round("tenth-16px-short", "held-out", (100,), SCANNED_SHORT),
         Round("tenth-16px", "held-out", (100, 101), SCANNED),

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import sfr
 from benchmarks.scaling.network import CPU, Row, all_correct, milliseconds, wrapped
-from sfr.config import Smoothing
+from sfr.label_switches import Smoothing
 from sfr.preflight.cost import compare_steps
 
 BATCH = 128  # images of all ranks together

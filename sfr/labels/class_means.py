@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sfr.config import Update
+from sfr.label_switches import Update
 from sfr.labels.source import Batch, check_sound
 from sfr.labels.targets import rows_of
 

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from sfr.labels import kernels
 from sfr.labels.class_means import ClassMeans
-from sfr.labels.kernels import class_sums_kernel, fitted_kernel, keep_kernel, loss_kernel, move_kernel
+from sfr.labels.early_learning import slope_of_agreed
+from sfr.labels.kernels import (
+    class_sums_kernel,
+    early_kernel,
+    fitted_kernel,
+    keep_kernel,
+    loss_kernel,
+    move_kernel,
+)
 from sfr.labels.on_a_device import LabelStep
 from sfr.labels.past_predictions import PastPredictions
 from sfr.transport.fused import OPTIONS
@@ -65,7 +73,7 @@ class _FusedLoss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, step: LabelStep) -> Tensor:
         (rows, classes), target, source = logits.shape, step.target.contiguous(), step.source
         gradient = logits.new_empty((rows, classes), dtype=torch.float32)
-        losses, sides = gradient.new_empty(rows), gradient.new_empty((3, rows))
+        losses, sides, means = gradient.new_empty(rows), gradient.new_empty((3, rows)), None
         correct = gradient.new_empty(rows, dtype=torch.int32)
         count = (target != step.ignore_index).sum()
         block = _block(classes)
@@ -86,21 +94,32 @@ class _FusedLoss(torch.autograd.Function):
                 logits, *logits.stride(), numbers, sides, source.table, rows, classes, samples, float(source.momentum),
                 BLOCK=block, **OPTIONS,
             )  # fmt: skip
+            if step.early_learning:
+                means = torch.empty_like(gradient)
+                early_kernel[(rows,)](
+                    logits, *logits.stride(), target, numbers, sides, source.table, means, count, losses,
+                    gradient, classes, samples, float(step.early_learning), step.ignore_index, BLOCK=block, **OPTIONS,
+                )  # fmt: skip
         elif source is not None:
             sums = gradient.new_empty((classes, classes + 1))
             class_sums_kernel[(classes,)](
                 logits, *logits.stride(), correct, sides, sums, rows, classes, BLOCK=_every(classes), **OPTIONS
             )
             _move(source, sums)
-        ctx.save_for_backward(logits, gradient, sides[2])
+        ctx.save_for_backward(logits, gradient, sides[2], means, target, count)
+        ctx.step = step
         return losses.sum()
 
     @staticmethod
     def backward(ctx: Any, of_loss: Tensor) -> tuple[Tensor, None]:
-        logits, gradient, sums = ctx.saved_tensors
+        logits, gradient, sums, means, target, count = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient is to be differentiated itself
             softmax = F.softmax(logits, dim=1, dtype=torch.float32)
-            result = (of_loss * (gradient + sums[:, None] * (softmax - softmax.detach()))).to(logits.dtype)
+            varying = sums[:, None] * softmax
+            if means is not None:
+                share = torch.where(target != ctx.step.ignore_index, ctx.step.early_learning / count, 0.0)
+                varying = varying + share[:, None] * slope_of_agreed(means, softmax)
+            result = (of_loss * (gradient + (varying - varying.detach()))).to(logits.dtype)
         else:
             result = torch.mul(gradient, of_loss, out=torch.empty_like(gradient, dtype=logits.dtype))
         return result, None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sfr.labels import cross_entropy
+from sfr.labels import cross_entropy, early_learning
 
 # What targets are smoothed towards; outside of the kernels the value of these, as Triton 3.2 takes nothing else.
 UNIFORM, CLASS_MEANS, PAST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 IMPOSSIBLE = tl.constexpr(cross_entropy.IMPOSSIBLE)
+LEAST = tl.constexpr(early_learning.LEAST)
 TINY = tl.constexpr(1.1754944e-38)  # the smallest normal float32
 LABELS = tl.constexpr(128)  # labels or numbers of samples that are read at a time
 
@@ -150,6 +151,48 @@ def keep_kernel(  # type: ignore[no-untyped-def]
             before = tl.load(place, mask=inside, other=0.0).to(tl.float32)
             tl.store(place, between(before, said, momentum).to(tl.float16), mask=inside)
             done += BLOCK
+
+
+@triton.jit
+def early_kernel(  # type: ignore[no-untyped-def]
+    logits_ptr, of_row, of_class, target_ptr, numbers_ptr, sides_ptr, table_ptr, means_ptr, count_ptr, loss_ptr,
+    gradient_ptr, classes, samples, weight, ignore_index, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add weight * log(1 - <t, p>) of one row to its loss and gradient, and keep t, as `keep_kernel` has left it."""
+    row = tl.program_id(0).to(tl.int64)
+    label, number = tl.load(target_ptr + row).to(tl.int64), tl.load(numbers_ptr + row).to(tl.int64)
+    sound = (number >= 0) & (number < samples)
+    table_row = table_ptr + tl.where(sound, number, 0) * classes
+    peak, log_sum = tl.load(sides_ptr + row), tl.load(sides_ptr + tl.num_programs(0).to(tl.int64) + row)
+    share = tl.where(label != ignore_index, weight / tl.load(count_ptr).to(tl.float32), 0.0)
+    c = tl.arange(0, BLOCK)
+    logits_row, place = logits_ptr + row * of_row, row * classes
+
+    agreeing = tl.zeros((BLOCK,), tl.float32)
+    done = classes * 0
+    while done < classes:
+        inside = done + c < classes
+        x = tl.load(logits_row + (done + c) * of_class, mask=inside, other=float("-inf")).to(tl.float32)
+        mean = tl.load(table_row + done + c, mask=inside, other=0.0).to(tl.float32)
+        agreeing += tl.where(inside, mean * tl.exp(x - peak - log_sum), 0.0)
+        tl.store(means_ptr + place + done + c, mean, mask=inside)
+        done += BLOCK
+    agreement = tl.sum(agreeing, axis=0)
+    rest = 1.0 - agreement
+    bounded = tl.where(rest < LEAST, LEAST, rest)  # NaN stays NaN
+    added = tl.where(share == 0.0, 0.0, share * tl.log(bounded))
+    tl.store(loss_ptr + row, tl.load(loss_ptr + row) + added)
+
+    slope = tl.where(rest < LEAST, 0.0, -share / bounded)
+    done = classes * 0
+    while done < classes:
+        inside = done + c < classes
+        x = tl.load(logits_row + (done + c) * of_class, mask=inside, other=float("-inf")).to(tl.float32)
+        mean = tl.load(table_row + done + c, mask=inside, other=0.0).to(tl.float32)
+        gradient = tl.load(gradient_ptr + place + done + c, mask=inside, other=0.0)
+        change = tl.where(share == 0.0, 0.0, slope * tl.exp(x - peak - log_sum) * (mean - agreement))
+        tl.store(gradient_ptr + place + done + c, gradient + change, mask=inside)
+        done += BLOCK
 
 
 @triton.jit

@@ -32,10 +32,11 @@ class LabelStep(NamedTuple):
     """What the labels of one training step ask of its logits (B, K).
 
     Args:
-        target: class indices, shape (B,).
+        target: class indices, (B, ...), or soft targets; the kernels take class indices (B,).
         source: where the distributions come from that targets are smoothed towards, or None for the uniform one.
         numbers: of the samples in the training set, shape (B,), for past predictions.
         alpha: share of the distributions in the targets.
+        early_learning: weight of :func:`sfr.labels.early_learning.agreed`, for past predictions.
         ignore_index: class index of labels to be left out.
     """
 
@@ -43,6 +44,7 @@ class LabelStep(NamedTuple):
     source: Source | None
     numbers: Tensor | None
     alpha: float
+    early_learning: float
     ignore_index: int
 
 

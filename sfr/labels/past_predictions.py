@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfr.checks import check_number, plain_number
-from sfr.config import check_momentum
+from sfr.label_switches import check_momentum
 from sfr.labels.source import Batch, check_sound
 from sfr.state import TensorState
 
@@ -83,6 +83,10 @@ class PastPredictions(TensorState):
     def observe(self, batch: Batch) -> None:
         """Keep what is said of each sample."""
         self.remember(_numbers_of(batch), batch.log_probabilities.detach().exp())
+
+    def running_means(self, batch: Batch) -> Tensor:
+        """Return the running mean of what was said of each sample, (B, K); a row sums to less than 1 at first."""
+        return self.table[_numbers_of(batch).to(self.table.device)].to(batch.log_probabilities.dtype)
 
     def said(self, index: Tensor, otherwise: Tensor) -> Tensor:
         """Return what was said of the samples `index` (B,), rows of `otherwise` (B, K) where nothing was yet.

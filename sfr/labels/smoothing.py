@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 
 from sfr.checks import check_choice, check_number, plain_number
-from sfr.config import (
+from sfr.config import IGNORE_INDEX, Ramp, todays_switches
+from sfr.label_switches import (
     DEFAULT_ALPHA,
-    DEFAULT_MOMENTUM,
-    IGNORE_INDEX,
-    Ramp,
     Smoothing,
     Update,
     check_alpha,
+    check_early_learning,
     check_effect,
     check_momentum,
     check_num_samples,
-    todays_switches,
+    momentum_of,
 )
 from sfr.labels.class_means import STATISTICS, ClassMeans
 from sfr.labels.cross_entropy import cross_entropy, cross_entropy_towards, may_hold_impossible
+from sfr.labels.early_learning import agreed
 from sfr.labels.on_a_device import LabelStep, Source, loss_on_a_device
 from sfr.labels.past_predictions import PastPredictions
 from sfr.labels.source import Batch
@@ -65,7 +65,12 @@ class DynamicLabelSmoothing(TensorState):
     With "past" what takes the place of S[y] is the network's softmax for the same sample when it was last in a training
     step, and the one-hot label before that (Kim et al., PS-KD, ICCV 2021, arXiv 2006.12000, who let alpha rise from 0
     to 0.8 over the training); with a momentum below 1 it is a running mean of all that was said of the sample. It is
-    for classification with class indices: a mixed image has no past.
+    for classification with class indices: a mixed image has no past. With `early_learning` = w the loss of a sample is
+
+    .. math:: L_i + w \log(1 - \langle t_i, p_i \rangle)
+
+    with p its softmax and t the running mean, which has taken in this p already and starts at zero (ELR: Liu et al.,
+    NeurIPS 2020, arXiv 2007.00151; we do not let 1 - <t, p> fall below 1e-4).
 
     A class whose logit is -inf, or a thousand below others as behind a mask of -1e4, is impossible for the sample: S
     leaves it out, so that the loss is finite and moderate wherever the plain cross-entropy is.
@@ -77,7 +82,7 @@ class DynamicLabelSmoothing(TensorState):
         alpha: share of S in the target, in [0, 1], or an :class:`sfr.Ramp`; None means 0.5, 0.5, 0.1 and 0 for the
             four modes.
         momentum: weight of one sample in the running means of the classes, in (0, 1], or of the newest prediction in
-            that of each sample; None means 0.01 and 1.
+            that of each sample; None means 0.01 and 1, with `early_learning` 0.3, which needs less than 1.
         update: "running" or "epoch".
         ignore_index: class index that marks a label to be left out, as in ``F.cross_entropy``; where all are, the loss
             is NaN, as there.
@@ -88,6 +93,7 @@ class DynamicLabelSmoothing(TensorState):
             exchange the predictions of the step.
         num_classes: K, >= 1; needed only where ``state_dict()`` must have the size of the statistics before the first
             logits, as for ``torch.distributed.checkpoint``.
+        early_learning: w, >= 0; with "past".
         alpha_end, alpha_steps: deprecated; ``alpha=Ramp(alpha, alpha_end, alpha_steps)``.
 
     Example:
@@ -112,6 +118,7 @@ class DynamicLabelSmoothing(TensorState):
         sync: bool = True,
         num_classes: int | None = None,
         *,
+        early_learning: float | Ramp = 0.0,
         alpha_end: float | None = None,
         alpha_steps: int = 1,
     ) -> None:
@@ -125,12 +132,15 @@ class DynamicLabelSmoothing(TensorState):
             alpha = todays_switches({"smoothing": mode, "alpha": alpha, **old})["alpha"]
         check_alpha(alpha)
         check_momentum(momentum)
-        check_effect("mode", mode, {"alpha": alpha, "momentum": momentum, "update": update})
+        check_early_learning(early_learning, momentum)
+        given = {"alpha": alpha, "momentum": momentum, "update": update, "early_learning": early_learning}
+        check_effect("mode", mode, given)
         check_number("ignore_index", ignore_index, -(2**63), 2**63 - 1, whole=True)
         if num_classes is not None:
             check_number("num_classes", num_classes, 1, whole=True)
         self.mode, self.update = mode, update
-        self.momentum = plain_number(DEFAULT_MOMENTUM.get(mode, 1.0) if momentum is None else momentum)
+        self.momentum = plain_number(momentum_of(mode, momentum, early_learning))
+        self.early_learning = Ramp.of(plain_number(early_learning))
         self.ignore_index = plain_number(ignore_index)
         self.alpha = Ramp.of(DEFAULT_ALPHA[mode] if alpha is None else alpha)
         self.smooth_soft_targets = alpha is not None
@@ -184,7 +194,7 @@ class DynamicLabelSmoothing(TensorState):
 
     @property
     def _is_idle(self) -> bool:
-        return self.alpha.start == self.alpha.end == 0
+        return self.alpha.largest == self.early_learning.largest == 0
 
     @property
     def exchanges(self) -> bool:
@@ -209,11 +219,11 @@ class DynamicLabelSmoothing(TensorState):
         if not self.training or self._is_idle:
             return cross_entropy(logits, target, self.ignore_index)
         self._check_source(logits, target, index)
-        alpha = self.current_alpha()
+        alpha, early = self.current_alpha(), self.early_learning.at(self.step)
         self.step += 1
         if self.source is None and not may_hold_impossible(logits):
             return cross_entropy(logits, target, self.ignore_index, alpha)
-        return self._towards_the_source(logits, target, index, alpha)
+        return self._towards_the_source(logits, LabelStep(target, self.source, index, alpha, early, self.ignore_index))
 
     def repeat_step(self) -> None:
         """Let the next call be one more of the step that the last one was, as for the two labels of MixUp."""
@@ -226,20 +236,22 @@ class DynamicLabelSmoothing(TensorState):
         if self.num_classes not in (None, logits.shape[1]):
             raise ValueError(f"num_classes={self.num_classes}, and the logits have {logits.shape[1]}")
 
-    def _towards_the_source(self, logits: Tensor, target: Tensor, index: Tensor | None, alpha: float) -> Tensor:
-        found = loss_on_a_device(logits, LabelStep(target, self.source, index, alpha, self.ignore_index))
+    def _towards_the_source(self, logits: Tensor, step: LabelStep) -> Tensor:
+        found = loss_on_a_device(logits, step)
         if found is not None:
             return found
-        batch = Batch.of(logits, target, self.ignore_index, index)
+        batch = Batch.of(logits, step.target, step.ignore_index, step.numbers)
         if self.source is None:
             uniform = batch.log_probabilities.new_tensor(1.0 / logits.shape[1]).expand_as(batch.log_probabilities)
-            return self._towards(batch, uniform, alpha)
-        if target.is_floating_point() and not self.smooth_soft_targets:
-            loss = cross_entropy(logits, target, self.ignore_index)
+            return self._towards(batch, uniform, step.alpha)
+        if step.target.is_floating_point() and not self.smooth_soft_targets:
+            loss = cross_entropy(logits, step.target, step.ignore_index)
         else:
-            loss = self._towards(batch, self.source.recall(batch), alpha)
+            loss = self._towards(batch, self.source.recall(batch), step.alpha)
         # Soft targets count in any case: other ranks may have class indices in this step, and wait for the sums.
         self.source.observe(batch.detached())
+        if self.past is not None and step.early_learning:
+            loss = loss + step.early_learning * agreed(self.past.running_means(batch), batch)
         return loss
 
     def _towards(self, batch: Batch, rows: Tensor, alpha: float) -> Tensor:

@@ -30,11 +30,13 @@ OF_SOURCE: dict[str, dict[str, Any]] = {
     "class means of an epoch": {"mode": "class_mean", "update": "epoch"},
     "past": {"mode": "past", "num_samples": SAMPLES, "alpha": sfr.Ramp(0.1, 0.9, 3)},
     "mean of the past": {"mode": "past", "num_samples": SAMPLES, "momentum": 0.3},
+    "early learning": {"mode": "past", "num_samples": SAMPLES, "alpha": sfr.Ramp(0.1, 0.9, 3), "early_learning": 3},
+    "early learning alone": {"mode": "past", "num_samples": SAMPLES, "alpha": 0.0, "early_learning": 7.0},
 }
 # NumPy, by which the interpreter computes, warns of each NaN.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")
-KERNELS = ("loss_kernel", "keep_kernel", "class_sums_kernel", "move_kernel", "fitted_kernel")
-KINDS = ("uniform", "class means", "mean of the past")
+KERNELS = ("loss_kernel", "keep_kernel", "early_kernel", "class_sums_kernel", "move_kernel", "fitted_kernel")
+KINDS = ("uniform", "class means", "mean of the past", "early learning")
 of_each_source = pytest.mark.parametrize("options", OF_SOURCE.values(), ids=OF_SOURCE)
 of_each_kind = pytest.mark.parametrize("options", [OF_SOURCE[kind] for kind in KINDS], ids=KINDS)
 
@@ -88,7 +90,7 @@ def loss_of(
     logits: Tensor, target: Tensor, criterion: DynamicLabelSmoothing, numbers: Tensor | None = None
 ) -> Tensor | None:
     """Return what the kernels give for labels that no criterion has looked at; None where they do not take them."""
-    return way.loss_on_a_device(logits, way.LabelStep(target, criterion.source, numbers, 0.5, -100))
+    return way.loss_on_a_device(logits, way.LabelStep(target, criterion.source, numbers, 0.5, 0.0, -100))
 
 
 ALL = [(options, torch.float32) for options in OF_SOURCE.values()]
@@ -345,6 +347,7 @@ for classes, dtype in ((2, torch.float32), (2048, torch.bfloat16), (6000, torch.
         {"mode": "class_mean", "update": "epoch", "ignore_index": 1},
         {"mode": "past", "num_samples": 3, "alpha": 0.3},
         {"mode": "past", "num_samples": 1, "momentum": 0.5, "alpha": 1},
+        {"mode": "past", "num_samples": 3, "alpha": 0, "early_learning": 3},
     ):
         if classes > 2048 and options["mode"] == "class_mean":
             continue
@@ -360,5 +363,6 @@ print(dict(sorted(launches.items())))
 
 def test_the_kernels_start_on_gpus_that_are_not_there(tmp_path: Any) -> None:
     (line,) = run_for_a_gpu(LAUNCH, tmp_path)
-    started = {"loss_kernel": 26, "fitted_kernel": 26, "keep_kernel": 12, "class_sums_kernel": 8, "move_kernel": 4}
+    started = {"loss_kernel": 32, "fitted_kernel": 32, "keep_kernel": 18, "early_kernel": 6, "class_sums_kernel": 8}
+    started["move_kernel"] = 4
     assert ast.literal_eval(line) == started
