@@ -109,7 +109,8 @@ class SFRConfig:
         update: "running" (class means move at every step) or "epoch" (Zhang et al.; call ``criterion.end_epoch()``).
         early_learning: weight, >= 0, of the mean of log(1 - <t, p>) beside the label term of "past", where t is the
             running mean of what the network predicted for a sample and p what it predicts now (ELR: Liu et al., arXiv
-            2007.00151, with 3 for ten classes and 7 for a hundred): against the learning of wrong labels.
+            2007.00151, with 3 for ten classes and 7 for a hundred; of K < 10 classes it counts by (K - 1) / 9, our
+            reading): against the learning of wrong labels.
         ignore_index: class index that marks a label to be left out of the label term; -100, as ``F.cross_entropy``.
 
     Raises:

@@ -12,13 +12,13 @@ from sfr.ramp import Ramp
 def preset(purpose: Preset, *, num_samples: int, steps: int, **switches: Any) -> SFRConfig:
     """Return the configuration for a purpose.
 
-    Both are for a loader that tells which sample is which, since targets move towards what the network predicted for
-    the same sample when it last saw it: call ``criterion(logits, target, index=index)``.
+    Both are for a loader that tells which sample is which, since they keep what the network predicted for it: call
+    ``criterion(logits, target, index=index)``.
 
-    - "few-labels": a training that fits its labels long before it ends. `alpha` rises from 0 to 0.8 over the whole of
-      it.
-    - "noisy-labels": some labels are wrong, and the training is long enough to learn them by heart. `alpha` rises from
-      0 to 0.8 over the first quarter.
+    - "few-labels": a training that fits its labels long before it ends. Targets move towards the last prediction;
+      `alpha` rises from 0 to 0.8 over the whole of it.
+    - "noisy-labels": some labels are wrong, and the training is long enough to learn them by heart. Targets stay, and
+      `early_learning` keeps the network to the running mean of its predictions; it rises to 3 over the first tenth.
 
     docs/methods/past-predictions.md has what they gained. For other purposes nothing was found that gains more than the
     default.
@@ -33,11 +33,13 @@ def preset(purpose: Preset, *, num_samples: int, steps: int, **switches: Any) ->
         TypeError, ValueError: for an unknown purpose, or as :class:`sfr.SFRConfig`.
 
     Example:
-        >>> SFRConfig.preset("noisy-labels", num_samples=50_000, steps=40_000).alpha
-        Ramp(start=0.0, end=0.8, steps=10000, after=0)
+        >>> SFRConfig.preset("noisy-labels", num_samples=50_000, steps=40_000).early_learning
+        Ramp(start=0.0, end=3.0, steps=4000, after=0)
     """
     check_choice("purpose", purpose, Preset)
     check_number("steps", steps, 1, whole=True)
-    rise = steps if purpose == "few-labels" else max(1, steps // 4)
-    past = {"smoothing": "past", "num_samples": num_samples, "alpha": Ramp(0.0, 0.8, rise)}
-    return SFRConfig.from_dict(past | switches)
+    if purpose == "few-labels":
+        own: dict[str, Any] = {"alpha": Ramp(0.0, 0.8, steps)}
+    else:
+        own = {"alpha": 0.0, "early_learning": Ramp(0.0, 3.0, max(1, steps // 10))}
+    return SFRConfig.from_dict({"smoothing": "past", "num_samples": num_samples} | own | switches)

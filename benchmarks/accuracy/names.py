@@ -14,8 +14,11 @@ FEATURES = "sfr@cost=sqeuclidean,weight=0.2"
 PAST = "sfr@smoothing=past,alpha=0,alpha_end=0.8,cost=sqeuclidean,weight=0.2"
 FEW_LABELS, NOISY_LABELS = "sfr@preset=few-labels", "sfr@preset=noisy-labels"
 FEW_LABELS_UNGATED = "sfr@preset=few-labels,gate=none"
-# What the preset for wrong labels is without the feature term.
+# What the preset for wrong labels is without the feature term; and what it was before: past predictions whose alpha rises
+# in the first quarter of `noise40-500`, with and without that term.
 NOISY_ALONE = "sfr@preset=noisy-labels,feature_weight=0"
+NOISY_PAST = "sfr@smoothing=past,alpha=0,alpha_end=0.8,alpha_steps=975"
+NOISY_PAST_ALONE = f"{NOISY_PAST},feature_weight=0"
 # By the size of the images: vanilla for as long as sfr takes.
 LONGER = {32: "vanilla-longer@factor=1.02", 16: "vanilla-longer@factor=1.1"}
 PEERS = {
@@ -61,7 +64,11 @@ WRONG_LABELS = {
     "label-smoothing": "label smoothing 0.1",
     "elr": "ELR",
     NOISY_ALONE: "**sfr**, preset noisy-labels without the feature term",
-    NOISY_LABELS: "**sfr**, preset noisy-labels (past predictions)",
+    NOISY_LABELS: "**sfr**, preset noisy-labels (early learning)",
+}
+WRONG_LABELS_EARLIER = {
+    NOISY_PAST_ALONE: "past predictions",
+    NOISY_PAST: "**sfr** with past predictions",
 }
 FINE_TUNING = {
     BASE: "vanilla",
@@ -70,7 +77,7 @@ FINE_TUNING = {
     OURS: "**sfr**",
     "sfr-slow@decay=0.99,rising=False": "**sfr**, supervised by an average from the pretrained weights on",
 }
-NAMES = LADDER | PEERS | WRONG_LABELS | FINE_TUNING
+NAMES = LADDER | PEERS | WRONG_LABELS | WRONG_LABELS_EARLIER | FINE_TUNING
 
 
 def comparable(arms: Iterable[str], image_size: int) -> list[str]:

@@ -25,12 +25,13 @@ ARMS = {
     "vanilla": "--method vanilla",
     "vanilla-1.5-lr": "--method vanilla",
     "layersync": "",  # what the example does: in place, cosine, the blocks at 0.3 and 0.7 of the depth, weight 0.5
+    "layersync-1.5-lr": "",
     "layersync-0.2": "--sfr feature_weight=0.2",
     "transport": "--sfr matching=transport",
     "in-place-all": "--sfr pairs=all",
     "slow-supervisor": "--average-supervises",
 }
-RATES = {"vanilla-1.5-lr": 1.5}  # learning rates as multiples of the plan's
+RATES = {"vanilla-1.5-lr": 1.5, "layersync-1.5-lr": 1.5}  # learning rates as multiples of the plan's
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from benchmarks.common.cells import Record
 from benchmarks.common.paired import spread, with_error
 from benchmarks.common.paths import DOCS, RESULTS
 from benchmarks.common.tables import markdown_table, page_with
-from benchmarks.generative.cell import ARMS, PLANS, Plan
+from benchmarks.generative.cell import ARMS, PLANS, RATES, Plan
 from examples.common.atomic_file import replace_file
 
 CELLS = RESULTS / "generative"
@@ -56,7 +56,9 @@ def section(name: str, cells: Cells) -> str:
             facts(plan, cells),
             markdown_table(["arm", "seeds", *(head for head, _ in MEASURES.values())], rows(cells)),
             "Against plain training, paired by seed, mean ± standard error:",
-            markdown_table(["arm", "seeds", *(head for head, _ in MEASURES.values())], difference_rows(cells)),
+            markdown_table(
+                ["arm", "against", "seeds", *(head for head, _ in MEASURES.values())], difference_rows(cells)
+            ),
             "The error by quarter of the time, from image to noise:",
             markdown_table(["arm", "first", "second", "third", "last"], quarter_rows(cells)),
             f"![Linear probes of all blocks]({PICTURE.format(name)})",
@@ -91,14 +93,20 @@ def rows(cells: Cells) -> list[list[str]]:
 
 
 def difference_rows(cells: Cells) -> list[list[str]]:
-    plain = cells.get("vanilla", {})
     found = []
     for arm, own in cells.items():
+        plain = cells.get(plain_of(arm), {})
         seeds = sorted(own.keys() & plain.keys())
         if arm != "vanilla" and seeds:
             entries = [with_error(differences(own, plain, seeds, measure)) for measure in MEASURES]
-            found.append([f"`{arm}`", str(len(seeds)), *entries])
+            found.append([f"`{arm}`", f"`{plain_of(arm)}`", str(len(seeds)), *entries])
     return found
+
+
+def plain_of(arm: str) -> str:
+    """Return the plain training that an arm is compared with, which has its learning rate."""
+    faster = "vanilla-1.5-lr"
+    return faster if arm != faster and RATES.get(arm) == RATES[faster] else "vanilla"
 
 
 def differences(own: dict[int, Record], plain: dict[int, Record], seeds: Sequence[int], measure: str) -> list[float]:

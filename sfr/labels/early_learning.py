@@ -27,6 +27,15 @@ def agreed(means: Tensor, batch: Batch) -> Tensor:
     return logarithms.where(batch.kept, 0.0).sum() / batch.kept.sum()
 
 
+def share_of_early(classes: int) -> float:
+    """Return how far the term counts: in full from ten classes on, and of fewer so that its pull is that of ten.
+
+    A network that says nothing yet, p = 1/K, is pulled towards any chance deviation of t from p by 1 / (K - 1) times
+    that. Our reading; the authors have ten classes and more.
+    """
+    return min(1.0, (classes - 1) / 9)
+
+
 def slope_of_agreed(means: Tensor, softmax: Tensor) -> Tensor:
     """Return the gradient of log(1 - <t, p>) of each sample with respect to its logits, (B, K), given t and p."""
     agreement = (means * softmax).sum(dim=1, keepdim=True)

@@ -23,7 +23,7 @@ from sfr.label_switches import (
 )
 from sfr.labels.class_means import STATISTICS, ClassMeans
 from sfr.labels.cross_entropy import cross_entropy, cross_entropy_towards, may_hold_impossible
-from sfr.labels.early_learning import agreed
+from sfr.labels.early_learning import agreed, share_of_early
 from sfr.labels.on_a_device import LabelStep, Source, loss_on_a_device
 from sfr.labels.past_predictions import PastPredictions
 from sfr.labels.source import Batch
@@ -70,7 +70,8 @@ class DynamicLabelSmoothing(TensorState):
     .. math:: L_i + w \log(1 - \langle t_i, p_i \rangle)
 
     with p its softmax and t the running mean, which has taken in this p already and starts at zero (ELR: Liu et al.,
-    NeurIPS 2020, arXiv 2007.00151; we do not let 1 - <t, p> fall below 1e-4).
+    NeurIPS 2020, arXiv 2007.00151; we do not let 1 - <t, p> fall below 1e-4). Of fewer than ten classes, which they did
+    not try, it counts by (K - 1) / 9 only: w = 3 made networks of two classes say one class of everything.
 
     A class whose logit is -inf, or a thousand below others as behind a mask of -1e4, is impossible for the sample: S
     leaves it out, so that the loss is finite and moderate wherever the plain cross-entropy is.
@@ -219,7 +220,7 @@ class DynamicLabelSmoothing(TensorState):
         if not self.training or self._is_idle:
             return cross_entropy(logits, target, self.ignore_index)
         self._check_source(logits, target, index)
-        alpha, early = self.current_alpha(), self.early_learning.at(self.step)
+        alpha, early = self.current_alpha(), self.early_learning.at(self.step) * share_of_early(logits.shape[1])
         self.step += 1
         if self.source is None and not may_hold_impossible(logits):
             return cross_entropy(logits, target, self.ignore_index, alpha)

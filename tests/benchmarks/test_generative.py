@@ -66,14 +66,17 @@ def test_the_page_pairs_the_seeds(folder, monkeypatch, tmp_path):
     cell = json.loads((folder / "results/tiny/layersync-seed3.json").read_text())
     plain = cell | {"arm": "vanilla", "scores": cell["scores"] | {"error": cell["scores"]["error"] - 0.25}}
     (tmp_path / "results/tiny").mkdir(parents=True)
-    for record in (cell, plain, plain | {"seed": 4}):
+    faster = [plain | {"arm": f"{arm}-1.5-lr", "scores": plain["scores"]} for arm in ("vanilla", "layersync")]
+    for record in (cell, plain, plain | {"seed": 4}, *faster):
         (tmp_path / f"results/tiny/{record['arm']}-seed{record['seed']}.json").write_text(json.dumps(record))
     for name, path in (("CELLS", "results"), ("DOCS", "."), ("PAGE", "generative.md")):
         monkeypatch.setattr(page, name, tmp_path / path)
     page.write_page()
     text = (tmp_path / "generative.md").read_text()
     assert text.startswith("# By hand")
-    assert "| `layersync` | 1 | +250.00 |" in text
+    assert "| `layersync` | `vanilla` | 1 | +250.00 |" in text
+    assert "| `vanilla-1.5-lr` | `vanilla` | 1 | +0.00 |" in text
+    assert "| `layersync-1.5-lr` | `vanilla-1.5-lr` | 1 | +0.00 |" in text
     assert "| `vanilla` | 2 |" in text
     assert (tmp_path / "generative-tiny.png").read_bytes().startswith(b"\x89PNG")
 

@@ -103,7 +103,8 @@ def test_committed_cells_of_sfr_are_named_by_what_differs_from_today_s_defaults(
                 options["alpha_steps"] = settings["alpha"]["steps"]
             assert settings.pop("stages", None) == options.pop("stages", None)
             if preset := options.pop("preset", None):
-                steps = settings["alpha"]["steps"] * {"few-labels": 1, "noisy-labels": 4}[preset]
+                few = preset == "few-labels"
+                steps = settings["alpha"]["steps"] if few else 10 * settings["early_learning"]["steps"]
                 expected = SFRConfig.preset(preset, steps=steps, **options)
             else:
                 expected = SFRConfig.from_dict(options)
