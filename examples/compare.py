@@ -24,7 +24,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "two lines": {},
     "class means": {"smoothing": "class_mean"},
-    "past predictions": {"smoothing": "past"},
+    "early learning": {"purpose": "noisy-labels"},
 }
 COLUMNS = ("accuracy, %", "calibration error, %", "test loss")
 
@@ -81,9 +81,9 @@ def trained(images: Tensor, labels: Tensor, epochs: int, seed: int, settings: di
     criterion: nn.Module = nn.CrossEntropyLoss()
     if settings is not None:
         model = sfr.SFRWrapper(model)  # the two lines
-        if settings.get("smoothing") == "past":
+        if "purpose" in settings:
             of_training = {"num_samples": len(labels), "steps": epochs * -(-len(labels) // 25)}
-            settings = sfr.SFRConfig.preset("noisy-labels", **of_training, **settings).to_dict()
+            settings = sfr.SFRConfig.preset(**of_training, **settings).to_dict()
         criterion = sfr.SFRLoss(model, settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)

@@ -14,8 +14,8 @@ FEATURES = "sfr@cost=sqeuclidean,weight=0.2"
 PAST = "sfr@smoothing=past,alpha=0,alpha_end=0.8,cost=sqeuclidean,weight=0.2"
 FEW_LABELS, NOISY_LABELS = "sfr@preset=few-labels", "sfr@preset=noisy-labels"
 FEW_LABELS_UNGATED = "sfr@preset=few-labels,gate=none"
-# What the preset for wrong labels is without the feature term; and what it was before: past predictions whose alpha rises
-# in the first quarter of `noise40-500`, with and without that term.
+# What the preset for wrong labels is without the feature term; and what it was before, with and without it: past
+# predictions whose alpha rises in the first quarter of `noise40-500`.
 NOISY_ALONE = "sfr@preset=noisy-labels,feature_weight=0"
 NOISY_PAST = "sfr@smoothing=past,alpha=0,alpha_end=0.8,alpha_steps=975"
 NOISY_PAST_ALONE = f"{NOISY_PAST},feature_weight=0"

@@ -36,6 +36,7 @@ from benchmarks.accuracy.names import (
     PEERS,
     UNGATED,
     WRONG_LABELS,
+    WRONG_LABELS_EARLIER,
     comparable,
 )
 from benchmarks.accuracy.repeated import repeated
@@ -176,7 +177,7 @@ def section(group: Group) -> str:
         "Peers": "\n\n".join(filter(None, peers)),
         "Fine-tuning": arms_table(group, FINE_TUNING) if fine_tuned else "",
         "The ladder": arms_table(group, LADDER),
-        "Wrong labels": arms_table(group, WRONG_LABELS) if group.schedule["label_noise"] else "",
+        "Wrong labels": arms_table(group, WRONG_LABELS | WRONG_LABELS_EARLIER) if group.schedule["label_noise"] else "",
         "Variants, the best first": arms_table(group, {arm: f"`{arm}`" for arm in variants(group)}),
     }
     parts = [f"### {name}\n\n{table}" for name, table in tables.items() if table]

@@ -17,7 +17,7 @@ def test_the_command_prints_every_seed_and_the_paired_difference_and_draws_it(tm
     rows = {line[:24].strip(): line[24:].split("  ") for line in printed.splitlines()}
     scores = {name: [float(cell) for cell in cells if cell] for name, cells in rows.items() if name.startswith("seed ")}
     assert list(scores) == [f"seed {seed}, {name}" for seed in (3, 5) for name in compare.METHODS]
-    for name in ("two lines", "class means", "past predictions"):
+    for name in ("two lines", "class means", "early learning"):
         pairs = [np.subtract(scores[f"seed {seed}, {name}"], scores[f"seed {seed}, plain"]) for seed in (3, 5)]
         means = [float(cell.split(" ± ")[0]) for cell in rows[f"{name} - plain"] if cell]
         assert means == pytest.approx(np.mean(pairs, axis=0), abs=2e-3)

@@ -210,7 +210,7 @@ def test_wrong_labels_are_not_learned_by_heart() -> None:
 
 def test_two_classes_do_not_become_one() -> None:
     """What happened with the weight of ten classes to a network that learns slowly."""
-    inputs, truth, given = clouds(classes=2, noise=0.3)
+    inputs, _, given = clouds(classes=2, noise=0.3)
     for lr in (0.1, 0.01, 0.001):
         said = trained(inputs, given, 3.0, lr)
         assert 0.3 < said.float().mean() < 0.7
