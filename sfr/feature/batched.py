@@ -111,7 +111,7 @@ class _Batch(torch.autograd.Function):
         sides, plan, free, scale, peak, *nodes = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient is to be differentiated itself
             needed = [i for i, needs in enumerate(ctx.needs_input_grad[1:]) if needs]
-            values = _by_pairs(nodes, ctx.run)
+            values = values_by_pairs(nodes, ctx.run.pairs, ctx.run.solver)
             of_nodes = torch.autograd.grad(
                 values, [nodes[i] for i in needed], of_values, create_graph=True, allow_unused=True
             )
@@ -134,15 +134,15 @@ class _Batch(torch.autograd.Function):
         return None, *gradients
 
 
-def _by_pairs(nodes: Sequence[Tensor], run: _Run) -> Tensor:
-    """Return the values of a batch by operations that can be differentiated twice."""
+def values_by_pairs(nodes: Sequence[Tensor], pairs: Sequence[tuple[int, int]], solver: Solver) -> Tensor:
+    """Return the values of :func:`batched_values` by operations that can be differentiated twice, (P, B)."""
     values = []
-    for shallow, deep in run.pairs:
+    for shallow, deep in pairs:
         pair = nodes[shallow].float(), nodes[deep].detach().float()
         finite = torch.stack([side.isfinite().all(dim=2).all(dim=1) for side in pair]).all(dim=0)[:, None, None]
         shallow_side, deep_side = (torch.where(finite, side, 0.0) for side in pair)
         own, other = match_channels(shallow_side, deep_side, "mean")
-        values.append(emd_l2(own, other, cost="cosine", solver=run.solver, reduction="none"))
+        values.append(emd_l2(own, other, cost="cosine", solver=solver, reduction="none"))
     return torch.stack(values)
 
 

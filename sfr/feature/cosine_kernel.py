@@ -7,9 +7,13 @@ from typing import Any
 
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
-from sfr.transport.assignment import INFINITE_BITS, NEVER, bits, match
+from sfr.transport.assignment import INFINITE_BITS, NEVER, Ints, bits, match
 from sfr.transport.numba_functions import OPTIONS, Floats, compiled, tried
+
+Booleans = NDArray[np.bool_]
+Longs = NDArray[np.int64]
 
 TINY = np.float32(np.finfo(np.float32).tiny)
 ONE, ZERO = np.float32(1), np.float32(0)
@@ -17,18 +21,32 @@ SHORTEST = np.float32(1e-6)  # of the mean square length: shorter nodes count le
 
 
 @njit(**OPTIONS)
-def cosine_distances(shallow: Floats, deep: Floats, values: Floats, gradients: Floats) -> None:
-    """Write :func:`sfr.emd_l2` of the cosine for each problem into `values`, and its gradient into `gradients`.
+def cosine_distances(
+    nodes: Floats,
+    widths: Longs,
+    pairs: Longs,
+    first: int,
+    end: int,
+    values: Floats,
+    finite: Booleans,
+    gradients: Floats,
+) -> None:
+    """Write :func:`sfr.emd_l2` of the cosine for each pair and image into `values`, and its gradient into `gradients`.
 
-    A problem with a feature that is not finite gets NaN. The GIL is released.
+    The wider side of a pair counts as the mean of its segments of as many channels as the other has. A problem with a
+    feature that is not finite gets zeros. The GIL is released.
 
     Args:
-        shallow: nodes, contiguous, shape (B, N, C).
-        deep: nodes, contiguous, shape (B, N, C).
-        values: result, shape (B,).
-        gradients: result, of the values with respect to the shallow nodes, shape (B, N, C).
+        nodes: S sets of nodes, contiguous, shape (S, B, N, C).
+        widths: channels that each set has, at most C, shape (S,).
+        pairs: numbers of the shallow and the deep set of each pair, of which one width divides the other, shape (P, 2).
+        first, end: the images to be done.
+        values: result, shape (P, B).
+        finite: result, whether all features of both sides are finite, shape (P, B).
+        gradients: result, of the values with respect to the shallow side, shape (P, B, N, D), where D is the number of
+            channels of the widest pair.
     """
-    size, width = shallow.shape[1], shallow.shape[2]
+    size, width = gradients.shape[2], gradients.shape[3]
     own, other = np.empty((size, width), np.float32), np.empty((size, width), np.float32)
     own_scale, other_scale = np.empty((2, size), np.float32), np.empty((2, size), np.float32)
     cost, prices = np.empty((size, size), np.float32), np.empty(size, np.float32)
@@ -36,41 +54,68 @@ def cosine_distances(shallow: Floats, deep: Floats, values: Floats, gradients: F
     distance, final, open_prices = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
     rows, previous, owned = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.int32)
     share = np.float32(1 / size)
-    for problem in range(len(shallow)):
-        sound = directions(shallow[problem], own, own_scale) and directions(deep[problem], other, other_scale)
-        if sound:
-            half_squares(own, other, cost)
-            sound = match(cost, prices, column, scaled, distance, final, open_prices, rows, previous, owned) != 0
-        if not sound:
-            values[problem] = np.float32(np.nan)
-            for p in range(size):
-                for c in range(width):
-                    gradients[problem, p, c] = np.float32(np.nan)
-            continue
-        total = ZERO
-        for p in range(size):
-            total += cost[p, column[p]]
-            pull(own[p], other[column[p]], share, own_scale[0, p], own_scale[1, p], gradients[problem, p])
-        values[problem] = total * share
+    for image in range(first, end):
+        for pair in range(len(pairs)):
+            shallow, deep = pairs[pair, 0], pairs[pair, 1]
+            width = min(widths[shallow], widths[deep])
+            sound = directions(nodes[shallow, image], widths[shallow] // width, width, own, own_scale)
+            sound = sound and directions(nodes[deep, image], widths[deep] // width, width, other, other_scale)
+            if sound:
+                half_squares(own, other, width, cost)
+                sound = match(cost, prices, column, scaled, distance, final, open_prices, rows, previous, owned) != 0
+            finite[pair, image] = sound
+            total = ZERO
+            if sound:
+                for p in range(size):
+                    total += cost[p, column[p]]
+                pull(own, other, column, width, own_scale, gradients[pair, image])
+            else:
+                for p in range(size):
+                    for c in range(width):
+                        gradients[pair, image, p, c] = ZERO
+            values[pair, image] = total * share
 
 
 @compiled
-def directions(nodes: Floats, result: Floats, scale: Floats) -> Any:
-    """Scale nodes (N, C) to length 1 as :func:`sfr.feature.directions.directions` does; return whether they are finite.
+def directions(nodes: Floats, segments: int, width: int, result: Floats, scale: Floats) -> Any:
+    """Scale nodes to length 1 as :func:`sfr.feature.directions.directions` does; return whether they are finite.
 
     Args:
         nodes: shape (N, C).
-        result: their directions, shape (N, C).
+        segments: how many segments of the channels make the mean that counts as a node.
+        width: channels of a segment.
+        result: the directions, in its first `width` columns, shape (N, D).
         scale: result, shape (2, N): by what each node was scaled, 0 in a set of zeros; and 1 for nodes of length 1, 0
             for the shorter ones, which are scaled by a constant.
     """
-    size, width = nodes.shape
-    largest = np.int32(0)
-    for p in range(size):
-        for c in range(width):
-            largest = max(largest, bits(nodes[p, c]) & NEVER)
+    largest = segment_means(nodes, segments, width, result)
     if largest >= INFINITE_BITS:
         return False
+    scale_to_one(largest, width, result, scale)
+    return True
+
+
+@compiled
+def segment_means(nodes: Floats, segments: int, width: int, result: Floats) -> Any:
+    """Write the mean of the segments of each node into `result`; return the bits of the largest absolute value."""
+    largest, share = np.int32(0), np.float32(1 / segments)
+    for p in range(len(result)):
+        for c in range(width):
+            result[p, c] = nodes[p, c]
+        for segment in range(1, segments):
+            start = segment * width
+            for c in range(width):
+                result[p, c] += nodes[p, start + c]
+        for c in range(width):
+            result[p, c] *= share
+            largest = max(largest, bits(result[p, c]) & NEVER)
+    return largest
+
+
+@compiled
+def scale_to_one(largest: np.int32, width: int, nodes: Floats, scale: Floats) -> None:
+    """Scale finite nodes (N, D), of which `width` columns count, to length 1; `scale` is that of :func:`directions`."""
+    size = len(nodes)
     peak = np.int32(largest).view(np.float32)
     empty = peak < TINY
     if empty:
@@ -80,7 +125,7 @@ def directions(nodes: Floats, result: Floats, scale: Floats) -> Any:
         square = ZERO
         for c in range(width):
             value = nodes[p, c] / peak
-            result[p, c] = value
+            nodes[p, c] = value
             square += value * value
         scale[1, p] = square
         mean += square
@@ -89,46 +134,63 @@ def directions(nodes: Floats, result: Floats, scale: Floats) -> Any:
         square = scale[1, p]
         factor = ONE / np.sqrt(max(square, least))
         for c in range(width):
-            result[p, c] *= factor
+            nodes[p, c] *= factor
         scale[0, p] = ZERO if empty else factor / peak
         scale[1, p] = ONE if square > least else ZERO
-    return True
 
 
 @compiled
-def half_squares(own: Floats, other: Floats, cost: Floats) -> None:
-    """Write half the squared distances between the rows of two matrices (N, C) into `cost` (N, N)."""
-    size, width = own.shape
-    for p in range(size):
-        for q in range(size):
-            total = ZERO
+def half_squares(own: Floats, other: Floats, width: int, cost: Floats) -> None:
+    """Write half the squared distances between the rows of two matrices (N, D) into `cost` (N, N).
+
+    Of the rows the first `width` columns count. Two rows of either side at a time: half the reads.
+    """
+    size, half = len(own), np.float32(0.5)
+    for p in range(0, size, 2):
+        below = min(p + 1, size - 1)
+        for q in range(0, size, 2):
+            right = min(q + 1, size - 1)
+            same, down, across, both = ZERO, ZERO, ZERO, ZERO
             for c in range(width):
-                gap = own[p, c] - other[q, c]
-                total += gap * gap
-            cost[p, q] = total / np.float32(2)
+                first, second, third, fourth = own[p, c], own[below, c], other[q, c], other[right, c]
+                same += (first - third) * (first - third)
+                across += (first - fourth) * (first - fourth)
+                down += (second - third) * (second - third)
+                both += (second - fourth) * (second - fourth)
+            cost[p, q], cost[p, right] = same * half, across * half
+            cost[below, q], cost[below, right] = down * half, both * half
 
 
 @compiled
-def pull(
-    own: Floats, other: Floats, share: np.float32, scale: np.float32, unit_length: np.float32, gradient: Floats
-) -> None:
-    """Write the gradient of half the squared distance of two directions (C,) with respect to the node of the first."""
-    along = ZERO
-    for c in range(len(own)):
-        along += (own[c] - other[c]) * own[c]
-    along *= unit_length
-    for c in range(len(own)):
-        gradient[c] = (own[c] - other[c] - along * own[c]) * share * scale
+def pull(own: Floats, other: Floats, column: Ints, width: int, scale: Floats, gradient: Floats) -> None:
+    """Write the gradient of the mean cost of matched directions with respect to the nodes of the first side, (N, D).
+
+    Args:
+        own, other: the directions, shape (N, D).
+        column: the row of `other` that each of `own` is matched with, shape (N,).
+        width: how many columns count.
+        scale: of the first side, see :func:`directions`.
+        gradient: result.
+    """
+    size = len(own)
+    for p in range(size):
+        q, along, share = column[p], ZERO, scale[0, p] / np.float32(size)
+        for c in range(width):
+            along += (own[p, c] - other[q, c]) * own[p, c]
+        along *= scale[1, p]
+        for c in range(width):
+            gradient[p, c] = (own[p, c] - other[q, c] - along * own[p, c]) * share
 
 
-def load(*, cached: bool) -> Callable[[Floats, Floats, Floats, Floats], None]:
+def load(*, cached: bool) -> Callable[..., None]:
     """Return :func:`cosine_distances`, compiled and tried; see :func:`sfr.transport.numba_functions.tried`."""
-    return tried(cosine_distances, _tried_on_two_nodes, [0.5, [[0.0, -0.5], [0.0, 0.0]]], cached)
+    return tried(cosine_distances, _tried_on_two_nodes, [0.5, True, [[0.0, -0.5], [0.0, 0.0]]], cached)
 
 
-def _tried_on_two_nodes(kernel: Callable[[Floats, Floats, Floats, Floats], None]) -> list[Any]:
-    """Return value and gradient of the nodes (1, 0) and (0, 1), of which the deep side has the second twice."""
-    shallow, deep = np.array([[[1, 0], [0, 1]]], np.float32), np.array([[[0, 1], [0, 1]]], np.float32)
-    values, gradients = np.empty(1, np.float32), np.empty((1, 2, 2), np.float32)
-    kernel(shallow, deep, values, gradients)
-    return [float(values[0]), gradients[0].tolist()]
+def _tried_on_two_nodes(kernel: Callable[..., None]) -> list[Any]:
+    """Return what is found of the nodes (1, 0) and (0, 1), and a deep side that has the second twice."""
+    nodes = np.array([[[[1, 0], [0, 1]]], [[[0, 1], [0, 1]]]], np.float32)
+    widths, pairs = np.array([2, 2]), np.array([[0, 1]])
+    values, finite, gradients = np.empty((1, 1), np.float32), np.empty((1, 1), np.bool_), np.empty_like(nodes[:1])
+    kernel(nodes, widths, pairs, 0, 1, values, finite, gradients)
+    return [float(values[0, 0]), bool(finite[0, 0]), gradients[0, 0].tolist()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from sfr.checks import check_choice, check_floating
 from sfr.config import Cost, Marginals, Reduction, Solver
-from sfr.feature.compiled import cosine_distance, fits
+from sfr.feature.compiled import cosine_distances, fits
 from sfr.feature.directions import cross_reference, directions, root_mean_square
 from sfr.feature.planned import PlannedDistance, squared_cost
 from sfr.transport import solve
@@ -106,17 +107,18 @@ def emd_l2_of_pairs(
 def _compiled(pairs: Sequence[tuple[Tensor, Tensor]], solver: Solver) -> list[Tensor] | None:
     """Return the distances by the compiled function, if it takes all pairs and works here."""
 
-    def otherwise(shallow: Tensor, deep: Tensor) -> Tensor:
-        return _planned([(shallow, deep)], "cosine", "uniform", solver)[0]
+    def otherwise(nodes: Sequence[Tensor]) -> Tensor:
+        return _planned([(nodes[0], nodes[1])], "cosine", "uniform", solver)[0][None]
 
     if not all(fits(*pair) for pair in pairs):
         return None
     found: list[Tensor] = []
     for pair in pairs:
-        values = cosine_distance(*pair, otherwise)
-        if values is None:
+        result = cosine_distances(pair, [(0, 1)], otherwise)
+        if result is None:
             return None
-        found.append(values)
+        values, finite = (each[0] for each in result)
+        found.append(values if finite.all() else values * torch.where(finite, 1.0, math.nan))
     return found
 
 

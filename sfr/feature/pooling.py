@@ -57,7 +57,7 @@ def _is_dense(feature_map: Tensor) -> bool:
 
 
 def _channels_are_last(feature_map: Tensor) -> bool:
-    return feature_map.movedim(1, -1).is_contiguous() and not feature_map.is_contiguous()
+    return not feature_map.is_contiguous() and feature_map.movedim(1, -1).is_contiguous()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from sfr.config import Cost, Grouping, Marginals, Matching, Pairs, Solver, Stage
 from sfr.feature.batched import batched_values
 from sfr.feature.channels import match_channels
+from sfr.feature.compiled_term import compiled_values, fits
 from sfr.feature.emd import emd_l2_of_pairs, in_place_of_pairs, relative_distance
 from sfr.feature.nodes import Grid, cells_of, common_grids, to_nodes
 from sfr.feature.pairs import resolve_pairs
@@ -46,24 +47,18 @@ def feature_terms(
             one for them; see :func:`sfr.feature.pooling.pool`.
         order: names of all stages; pairs of a stage that `maps` lacks are left out. Default: the names in `maps`.
         pairs, max_grid, grouping, detach_deep, cost, matching, marginals, solver: see :class:`sfr.SFRConfig`.
-        kernels: on a device use the Triton kernels (``sfr.feature.fused``) or, where they cannot take the maps, one
-            batch (``sfr.feature.batched``), as far as that has the settings.
+        kernels: take all pairs at once, as far as that has the settings: on a device by the Triton kernels
+            (``sfr.feature.fused``) or, where they cannot take the maps, as one batch (``sfr.feature.batched``); on the
+            CPU by the compiled function (``sfr.feature.compiled_term``).
 
     Example:
         >>> maps = {"layer1": torch.randn(2, 8, 16, 16), "layer2": torch.randn(2, 16, 8, 8)}
         >>> list(feature_terms(maps))
         ['layer1 <- layer2']
     """
-    plain = cost == "cosine" and marginals == "uniform" and solver in ("auto", "proximal")
-    if (
-        kernels
-        and plain
-        and matching == "transport"
-        and grouping == "mean"
-        and detach_deep
-        and _on_a_device(list(maps.values()))
-    ):
-        terms = _terms_on_a_device(maps, order=order, joining=joining, pairs=pairs, max_grid=max_grid, solver=solver)
+    plain = cost == "cosine" and marginals == "uniform" and matching == "transport" and grouping == "mean"
+    if kernels and plain and detach_deep:
+        terms = _terms_together(maps, order=order, joining=joining, pairs=pairs, max_grid=max_grid, solver=solver)
         if terms is not None:
             return terms
     matched = list(matched_pairs(
@@ -120,6 +115,25 @@ def _fit_the_kernels(maps: Sequence[Tensor]) -> bool:
         and len(maps) <= FUSED_MAPS
         and all(each.is_cuda and 2 <= each.ndim <= 4 and len(each) < 2**16 and each.numel() < 2**31 for each in maps)
     )
+
+
+def _terms_together(
+    maps: Mapping[str, Tensor],
+    *,
+    order: Sequence[str] | None,
+    joining: Collection[str],
+    pairs: Pairs | Sequence[tuple[Stage, Stage]],
+    max_grid: int,
+    solver: Solver,
+) -> Terms | None:
+    """Return the terms of the default configuration, all pairs at once; None if nothing here can take the maps."""
+    if _on_a_device(list(maps.values())) and solver in ("auto", "proximal"):
+        return _terms_on_a_device(maps, order=order, joining=joining, pairs=pairs, max_grid=max_grid, solver=solver)
+    sides = sides_present(maps, order, pairs, max_grid)
+    if solver not in ("auto", "exact") or not sides or not fits(maps, sides):
+        return None
+    found = compiled_values(maps, sides, joining, solver)
+    return found and Terms([pair_name(shallow, deep) for (shallow, _), (deep, _) in sides], *found)
 
 
 def _terms_on_a_device(

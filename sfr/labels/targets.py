@@ -152,7 +152,10 @@ def _check_distributions(
 
 def _check_range(target: Tensor, classes: int, ignore_index: int | None) -> None:
     """Raise unless class indices are in range; checked on the CPU only, to avoid a device sync."""
-    if target.device.type != "cpu":
+    if target.device.type != "cpu" or not target.numel():
+        return
+    least, largest = map(int, target.aminmax())  # one operation, which is enough for labels that are in range
+    if least >= 0 and largest < classes:
         return
     outside = (target < 0) | (target >= classes)
     wrong = target[outside if ignore_index is None else outside & (target != ignore_index)]
