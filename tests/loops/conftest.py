@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 import sfr
+from sfr.feature import compiled_term, term
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def regularized(monkeypatch) -> Callable[[sfr.SFRLoss], None]:
     A step that is not checked counts for none: the check is of the last call of the criterion.
     """
     reached: set[str] = set()
-    matched_pairs = sfr.feature.term.matched_pairs
+    matched_pairs, compiled_values, to_nodes = term.matched_pairs, term.compiled_values, compiled_term.to_nodes
 
     def watched(maps, **settings):
         reached.clear()
@@ -27,7 +28,34 @@ def regularized(monkeypatch) -> Callable[[sfr.SFRLoss], None]:
                 shallow.register_hook(note)
             yield pair
 
-    monkeypatch.setattr(sfr.feature.term, "matched_pairs", watched)
+    def watched_together(maps, sides, joining, solver):
+        reached.clear()
+        counted = set()
+
+        def watched_nodes(feature_map, grid, *, joining):
+            nodes = to_nodes(feature_map, grid, joining=joining)
+            [name] = [name for name, each in maps.items() if each is feature_map]
+
+            def note(gradient):
+                if gradient.any():
+                    reached.update(f"{shallow} <- {deep}" for shallow, deep in counted if shallow == name)
+
+            if nodes.requires_grad:
+                nodes.register_hook(note)
+            return nodes
+
+        with monkeypatch.context() as patch:
+            patch.setattr(compiled_term, "to_nodes", watched_nodes)
+            values, finite = compiled_values(maps, sides, joining, solver)
+        names = [(shallow, deep) for (shallow, _), (deep, _) in sides]
+        if values.requires_grad:
+            values.register_hook(
+                lambda gradient: counted.update(name for name, own in zip(names, gradient, strict=True) if own.any())
+            )
+        return values, finite
+
+    monkeypatch.setattr(term, "matched_pairs", watched)
+    monkeypatch.setattr(term, "compiled_values", watched_together)
 
     def check(criterion: sfr.SFRLoss) -> None:
         last = criterion.last
