@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sfr.transport import exact
-from sfr.transport.fallback import Arguments, OptionalSolver, Result
+from sfr.transport.fallback import OptionalSolver
 
 Floats = NDArray[np.float32]
 Booleans = NDArray[np.bool_]
@@ -39,8 +39,9 @@ def _load() -> Callable[[Floats, Sequence[int], Pairs], tuple[Floats, Booleans, 
     return compared
 
 
-FAILURE = "numba does not work here, so PyTorch's operations and scipy compare the features, slower"
-compiled_distances = OptionalSolver("numba", _load, FAILURE)
+compiled_distances = OptionalSolver(
+    "numba", _load, "numba does not work here, so PyTorch's operations and scipy compare the features, slower"
+)
 
 
 def can_compile(*given: Tensor) -> bool:
@@ -51,16 +52,6 @@ def can_compile(*given: Tensor) -> bool:
         and not exact.compiled_assignment.given_up
         and all(type(each) is Tensor and each.is_cpu and each.dtype == torch.float32 for each in given)
     )
-
-
-def given_up_together(
-    solver: OptionalSolver[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
-) -> Result | None:
-    """Return what a compiled function returns; None if numba does not work here, of which no other is to warn again."""
-    found = solver(*args, **kwargs)
-    if found is None:
-        exact.compiled_assignment.given_up = True
-    return found
 
 
 def fits(shallow: Tensor, deep: Tensor) -> bool:
@@ -90,8 +81,9 @@ def cosine_distances(
     together = torch.empty((len(nodes), *nodes[0].shape[:2], max(widths)), dtype=torch.float32, device="cpu")
     for i, each in enumerate(nodes):
         together[i, :, :, : widths[i]] = each.detach()
-    found = given_up_together(compiled_distances, together.numpy(), widths, pairs)
+    found = compiled_distances(together.numpy(), widths, pairs)
     if found is None:
+        exact.compiled_assignment.given_up = True  # or it would warn of the same
         return None
     values, finite, gradients = map(torch.from_numpy, found)
     supervised = {shallow for shallow, _ in pairs}
