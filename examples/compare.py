@@ -82,7 +82,7 @@ def trained(images: Tensor, labels: Tensor, epochs: int, seed: int, settings: di
     if settings is not None:
         model = sfr.SFRWrapper(model)  # the two lines
         if "purpose" in settings:
-            of_training = {"num_samples": len(labels), "steps": epochs * -(-len(labels) // 25)}
+            of_training: dict[str, Any] = {"num_samples": len(labels), "steps": epochs * -(-len(labels) // 25)}
             settings = sfr.SFRConfig.preset(**of_training, **settings).to_dict()
         criterion = sfr.SFRLoss(model, settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
