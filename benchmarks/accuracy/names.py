@@ -17,7 +17,7 @@ FEW_LABELS_UNGATED = "sfr@preset=few-labels,gate=none"
 # What the preset for wrong labels is without the feature term; and what it was before, with and without it: past
 # predictions whose alpha rises in the first quarter of `noise40-500`.
 NOISY_ALONE = "sfr@preset=noisy-labels,feature_weight=0"
-NOISY_PAST = "sfr@smoothing=past,alpha=0,alpha_end=0.8,alpha_steps=975"
+NOISY_PAST = "sfr@smoothing=past,alpha=0,alpha_end=0.8,alpha_steps=975,gate=fitted"
 NOISY_PAST_ALONE = f"{NOISY_PAST},feature_weight=0"
 # By the size of the images: vanilla for as long as sfr takes.
 LONGER = {32: "vanilla-longer@factor=1.02", 16: "vanilla-longer@factor=1.1"}
