@@ -113,16 +113,6 @@ def test_an_impossible_class_changes_nothing_for_the_others(hidden: float) -> No
         assert wider.grad.isfinite().all()
 
 
-def test_ignored_samples_count_neither_in_the_loss_nor_in_its_mean() -> None:
-    criterion, of_the_others = build(ignore_index=255), build()
-    for number in range(4):
-        logits, target, _ = step(number)
-        index = torch.arange(5)
-        expected = of_the_others(logits[2:], target[2:], index[2:])
-        target[:2] = 255
-        torch.testing.assert_close(criterion(logits, target, index), expected)
-
-
 def test_a_resumed_run_goes_on_bit_for_bit() -> None:
     run, resumed = build(), build()
     for number in range(5):

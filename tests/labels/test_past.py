@@ -121,8 +121,9 @@ def test_evaluation_is_cross_entropy_without_an_index_and_remembers_nothing() ->
     assert torch.equal(criterion.past.table, before)
 
 
-def test_ignored_samples_count_neither_in_the_loss_nor_in_its_mean() -> None:
-    criterion, of_the_others = build(ignore_index=255), build()
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.0, "early_learning": 3.0}], ids=["smoothed", "early learning"])
+def test_ignored_samples_count_neither_in_the_loss_nor_in_its_mean(options: dict[str, Any]) -> None:
+    criterion, of_the_others = build(ignore_index=255, **options), build(**options)
     for number in range(4):
         logits, target, _ = step(number)
         index = torch.arange(5)
