@@ -72,7 +72,7 @@ def check_early_learning(weight: float | Ramp, momentum: float | None) -> None:
     """Raise if the weight is negative, or if the targets were the very predictions that are drawn towards them."""
     if not isinstance(weight, Ramp):  # which checks itself
         check_number("early_learning", weight, 0)
-    if weight and momentum == 1:
+    if Ramp.of(weight).largest and momentum == 1:
         raise ValueError(
             "early_learning needs a running mean of several predictions, momentum below 1: drawn towards its newest "
             "prediction alone the network soon says one class of all samples"

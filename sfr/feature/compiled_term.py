@@ -16,6 +16,10 @@ from sfr.feature.nodes import Grid, to_nodes
 
 Side = tuple[str, Grid]
 
+# What one call saves is the same for any size, about a millisecond, and its memory grows with the widest stage: beyond
+# so many numbers pairs are taken one by one.
+AT_ONCE_UP_TO = 2**21
+
 
 def fits(maps: Mapping[str, Tensor], sides: Sequence[tuple[Side, Side]]) -> bool:
     """Whether the compiled function takes the two sides of every pair, the maps pooled to their grids."""
@@ -24,6 +28,7 @@ def fits(maps: Mapping[str, Tensor], sides: Sequence[tuple[Side, Side]]) -> bool
         can_compile(*used)
         and all(len(each) == len(used[0]) and each.numel() > 0 for each in used)
         and all(_fits(maps, *pair) for pair in sides)
+        and _numbers(maps, sides) <= AT_ONCE_UP_TO
     )
 
 
@@ -31,6 +36,14 @@ def _fits(maps: Mapping[str, Tensor], shallow: Side, deep: Side) -> bool:
     size = math.prod(shallow[1])
     narrow, wide = sorted(maps[name].shape[1] for name, _ in (shallow, deep))
     return size == math.prod(deep[1]) and wide % narrow == 0 and size**2 * narrow <= UP_TO
+
+
+def _numbers(maps: Mapping[str, Tensor], sides: Sequence[tuple[Side, Side]]) -> int:
+    """Return at most how many numbers the one call keeps: nodes and gradients, all as wide as the widest."""
+    sets = {side for pair in sides for side in pair}
+    widest, size = max(maps[name].shape[1] for name, _ in sets), max(math.prod(grid) for _, grid in sets)
+    narrower = max(min(maps[name].shape[1] for name, _ in pair) for pair in sides)
+    return len(next(iter(maps.values()))) * size * (len(sets) * widest + len(sides) * narrower)
 
 
 def compiled_values(
@@ -63,6 +76,6 @@ def compiled_values(
         found.append(of_group)
     if len(found) == 1:
         return found[0]
-    places = torch.tensor([i for group in by_size.values() for i in group]).argsort()
+    places = torch.tensor([i for group in by_size.values() for i in group], device="cpu").argsort()
     values, finite = (torch.cat(each)[places] for each in zip(*found, strict=True))
     return values, finite

@@ -138,15 +138,15 @@ def keep_kernel(  # type: ignore[no-untyped-def]
         found = tl.load(numbers_ptr + other, mask=other < rows, other=-1).to(tl.int64)
         again += ((found == number) & (other > row) & (other < rows)).to(tl.int32)
         done += LABELS
-    if (number >= 0) & (number < samples) & (tl.sum(again, axis=0) == 0):
-        peak, log_sum = tl.load(sides_ptr + row), tl.load(sides_ptr + rows + row)
+    peak, log_sum = tl.load(sides_ptr + row), tl.load(sides_ptr + rows + row)
+    finite = log_sum == log_sum
+    if (number >= 0) & (number < samples) & (tl.sum(again, axis=0) == 0) & finite:
         done = classes * 0
         while done < classes:
             c = done + tl.arange(0, BLOCK)
             inside = c < classes
             x = tl.load(logits_ptr + row * of_row + c * of_class, mask=inside, other=0.0).to(tl.float32)
-            said = tl.exp(x - peak - log_sum)
-            said = tl.where(said == said, said, 0.0).to(tl.float16).to(tl.float32)
+            said = tl.exp(x - peak - log_sum).to(tl.float16).to(tl.float32)
             place = table_ptr + number * classes + c
             before = tl.load(place, mask=inside, other=0.0).to(tl.float32)
             tl.store(place, between(before, said, momentum).to(tl.float16), mask=inside)

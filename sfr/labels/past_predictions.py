@@ -14,6 +14,8 @@ from sfr.label_switches import check_momentum
 from sfr.labels.source import Batch, check_sound
 from sfr.state import TensorState
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 class PastPredictions(TensorState):
     """A table of one distribution per training sample, the same on all ranks.
@@ -65,7 +67,7 @@ class PastPredictions(TensorState):
                 "past predictions need to know which samples these are: criterion(logits, target, index=index). "
                 "torch.utils.data.StackDataset(dataset, range(len(dataset))) gives each sample with its number."
             )
-        if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype == torch.bool:
+        if not isinstance(index, Tensor) or index.dtype not in INTEGERS:
             raise TypeError(f"index must be a tensor of integers; got {getattr(index, 'dtype', type(index).__name__)}")
         if index.shape != (samples,):
             raise ValueError(f"index must have shape ({samples},), one number per sample; got {tuple(index.shape)}")
@@ -105,7 +107,7 @@ class PastPredictions(TensorState):
         What is said last of a sample that is there more than once is kept, by the order of the rows and of the ranks.
         """
         self.prepare(probabilities)
-        index, said = index.to(self.table.device), probabilities.to(self.table.dtype).nan_to_num(nan=0.0)
+        index, said = index.to(self.table.device), probabilities.to(self.table.dtype)
         if self.sync and dist.is_available() and dist.is_initialized():
             index, said = _rows_of_all_ranks(index, said)
         order = index.argsort(stable=True)
@@ -113,6 +115,7 @@ class PastPredictions(TensorState):
         # All rows of one sample write the same, its last: which of them writes last makes no difference.
         last = torch.searchsorted(index, index, right=True) - 1
         newest, before = said[order[last]].float(), self.table[index].float()
+        newest = newest.where(newest.isfinite().all(dim=1, keepdim=True), before)
         self.table[index] = before.lerp(newest, self.momentum).to(self.table.dtype)
 
     def prepare(self, like: Tensor) -> None:

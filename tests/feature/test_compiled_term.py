@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import sfr
-from sfr.feature import compiled
+from sfr.feature import compiled, compiled_term
 from sfr.feature.results import Terms
 from sfr.feature.term import feature_terms
 from sfr.transport import exact
@@ -242,3 +242,33 @@ def test_where_numba_fails_the_operations_take_its_place_with_one_warning(
     torch.testing.assert_close(found[1].by_image, expected.by_image)
     [plain] = torch.autograd.grad(expected.by_image.sum() + maps["0"].sin().sum(), own[0])
     torch.testing.assert_close(gradient, plain)
+
+
+def test_a_default_device_is_of_no_account() -> None:
+    """Stages of two sizes, whose pairs come from two calls, in order."""
+    maps = {"a": torch.randn(4, 8, 40), "b": torch.randn(4, 16, 20), "c": torch.randn(4, 16, 9)}
+    expected = feature_terms(maps)
+    with torch.device("meta"):
+        found = feature_terms(maps)
+    assert torch.equal(found.by_image, expected.by_image)
+
+
+def test_stages_of_very_unequal_widths_are_taken_pair_by_pair(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one call each set and each gradient would be as wide as the widest."""
+    monkeypatch.setattr(compiled_term, "AT_ONCE_UP_TO", 2 * 16 * (3 * 32 + 3 * 8))
+    own = leaves((8, 4, 4), (8, 4, 4), (32, 4, 4), batch=2)
+    assert len(feature_terms(named(own))) == 3
+    assert calls.count == 1
+    own = leaves((8, 4, 4), (8, 4, 4), (32, 4, 4), batch=3)
+    assert len(feature_terms(named(own))) == 3
+    assert calls.count == 1 + 3
+
+
+def test_a_deep_map_may_change_before_the_backward_pass() -> None:
+    shallow, deep = leaves((4, 4, 4), (8, 4, 4))
+    maps = {"0": shallow * 1, "1": deep * 1}
+    (expected,) = torch.autograd.grad(feature_terms(maps).by_image.sum(), maps["0"])
+    values = feature_terms(maps).by_image.sum()
+    maps["1"].detach().add_(1)
+    (gradient,) = torch.autograd.grad(values, maps["0"])
+    assert torch.equal(gradient, expected)

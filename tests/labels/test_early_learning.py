@@ -113,6 +113,10 @@ def test_an_impossible_class_changes_nothing_for_the_others(hidden: float) -> No
         assert wider.grad.isfinite().all()
 
 
+def test_a_weight_that_stays_at_zero_may_have_any_momentum() -> None:
+    assert sfr.SFRConfig(smoothing="past", num_samples=5, early_learning=sfr.Ramp(0, 0, 9), momentum=1).momentum == 1
+
+
 def test_a_resumed_run_goes_on_bit_for_bit() -> None:
     run, resumed = build(), build()
     for number in range(5):

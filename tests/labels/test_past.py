@@ -84,7 +84,9 @@ def test_a_momentum_of_one_keeps_the_last_prediction_to_the_last_bit() -> None:
 def test_a_prediction_that_is_not_finite_leaves_those_before() -> None:
     past, index, said = PastPredictions(SAMPLES, momentum=0.5), torch.tensor([3]), torch.tensor([[0.1, 0.2, 0.3, 0.4]])
     past.remember(index, said)
+    weights = past.table.sum()
     past.remember(index, torch.full((1, CLASSES), torch.nan))
+    assert past.table.sum() == weights
     torch.testing.assert_close(past.said(index, otherwise=torch.zeros(1, CLASSES)), said, rtol=0, atol=1e-3)
 
 
@@ -193,6 +195,8 @@ def test_an_index_has_no_effect_on_the_other_modes() -> None:
         (torch.arange(5)[:, None], ValueError, r"index must have shape \(5,\)"),
         (torch.arange(5.0), TypeError, r"index must be a tensor of integers; got torch.float32"),
         ([0, 1, 2, 3, 4], TypeError, r"index must be a tensor of integers; got list"),
+        (torch.arange(5).to(torch.complex64), TypeError, r"index must be a tensor of integers; got torch.complex64"),
+        (torch.arange(5).to(torch.uint16), TypeError, r"index must be a tensor of integers; got torch.uint16"),
         (torch.arange(8, 13), ValueError, r"index must lie in \[0, 11\].*; got values from 8 to 12"),
         (torch.arange(-1, 4), ValueError, r"index must lie in \[0, 11\].*; got values from -1 to 3"),
     ],
@@ -290,3 +294,14 @@ def test_of_a_sample_that_two_ranks_have_the_prediction_of_the_last_rank_is_reme
     tables = run_ranks(of_one_rank_with_the_same_samples)
     assert torch.equal(tables[0], tables[1])
     assert tables[0][[7, 8]].argmax(dim=1).tolist() == [1, 3]
+
+
+def test_two_labels_of_one_forward_are_refused(make_net: Any, batch: tuple[Tensor, Tensor]) -> None:
+    """A sample's past would move twice in a step, and the images of MixUp have none."""
+    images, target = batch
+    model = sfr.SFRWrapper(make_net())
+    criterion = sfr.SFRLoss(model, smoothing="past", num_samples=len(images))
+    logits, index = model(images), torch.arange(len(images))
+    criterion(logits, target, index=index)
+    with pytest.raises(ValueError, match="past predictions take one call a step"):
+        criterion(logits, target.flip(0), index=index)

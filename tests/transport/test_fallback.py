@@ -72,6 +72,9 @@ def forgotten(*names: str) -> Iterator[None]:
         for name in names:
             sys.modules.pop(name, None)
         sys.modules.update(modules)
+        for name, module in modules.items():
+            package, _, attribute = name.rpartition(".")
+            setattr(sys.modules[package], attribute, module)  # an import sets it, too
 
 
 @pytest.fixture
