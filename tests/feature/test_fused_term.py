@@ -176,7 +176,7 @@ def test_kernels_are_launched_on_the_device_of_the_maps(monkeypatch: pytest.Monk
         monkeypatch.setattr(fused, name, kernel)
     monkeypatch.setitem(fused.fused_plan.__globals__, "proximal_kernel", kernel)
     feature_terms({"0": torch.randn(2, 4, 4, 4), "1": torch.randn(2, 6, 2, 2)}, solver="proximal")
-    sfr.transport.fused.fused_plan(torch.rand(2, 3, 3), None, None, beta=1.0, iterations=1)
+    fused.fused_plan(torch.rand(2, 3, 3), None, None, beta=1.0, iterations=1)
     assert kernel.launches == 4
 
 
