@@ -39,11 +39,12 @@ class SFRLoss(DropInLoss):
     ``state_dict()``, so that a run resumes exactly.
 
     Call it once for each forward, right after it; several calls with the very same logits, as for the two labels of
-    MixUp, are one step. It is the plain cross-entropy, or `label_loss` alone, in ``criterion.eval()``, under
-    ``torch.no_grad()``, inside ``model.disable()`` and, with a warning, if the model is in evaluation mode. Under
-    ``torch.compile`` it runs eagerly, as a whole. A sample whose features are not finite has a feature term of zero,
-    and training goes on. One warning each tells of that; of a feature term that stays above a third of the loss for 50
-    steps, beside the largest label term so far; and of one that trains nothing because its stages are frozen.
+    MixUp, are one step, and with past predictions an error. It is the plain cross-entropy, or `label_loss` alone, in
+    ``criterion.eval()``, under ``torch.no_grad()``, inside ``model.disable()`` and, with a warning, if the model is in
+    evaluation mode. Under ``torch.compile`` it runs eagerly, as a whole. A sample whose features are not finite has a
+    feature term of zero, and training goes on. One warning each tells of that; of a feature term that stays above a
+    third of the loss for 50 steps, beside the largest label term so far; and of one that trains nothing because its
+    stages are frozen.
 
     Args:
         model: the :class:`sfr.SFRWrapper`, also inside DDP or ``torch.compile``.
