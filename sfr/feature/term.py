@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 from sfr.config import Cost, Grouping, Marginals, Matching, Pairs, Solver, Stage
 from sfr.feature.batched import batched_values
 from sfr.feature.channels import match_channels
-from sfr.feature.compiled_term import compiled_values, fits
+from sfr.feature.compiled_term import Side, compiled_values, fits
 from sfr.feature.emd import emd_l2_of_pairs, in_place_of_pairs, relative_distance
 from sfr.feature.nodes import Grid, cells_of, common_grids, to_nodes
 from sfr.feature.pairs import resolve_pairs
@@ -58,7 +60,9 @@ def feature_terms(
     """
     plain = cost == "cosine" and marginals == "uniform" and matching == "transport" and grouping == "mean"
     if kernels and plain and detach_deep:
-        terms = _terms_together(maps, order=order, joining=joining, pairs=pairs, max_grid=max_grid, solver=solver)
+        stated: dict[str, Any] = {"order": order, "pairs": pairs, "max_grid": max_grid}
+        one_by_one = partial(feature_terms, solver=solver, kernels=False, **stated)
+        terms = _terms_together(maps, sides_present(maps, **stated), joining, solver, one_by_one)
         if terms is not None:
             return terms
     matched = list(matched_pairs(
@@ -119,36 +123,36 @@ def _fit_the_kernels(maps: Sequence[Tensor]) -> bool:
 
 def _terms_together(
     maps: Mapping[str, Tensor],
-    *,
-    order: Sequence[str] | None,
+    sides: Sequence[tuple[Side, Side]],
     joining: Collection[str],
-    pairs: Pairs | Sequence[tuple[Stage, Stage]],
-    max_grid: int,
     solver: Solver,
+    one_by_one: Callable[[Mapping[str, Tensor]], Terms],
 ) -> Terms | None:
-    """Return the terms of the default configuration, all pairs at once; None if nothing here can take the maps."""
+    """Return the terms of the default configuration, all pairs at once; None if nothing here can take the maps.
+
+    Args:
+        maps, joining, solver: see :func:`feature_terms`.
+        sides: what :func:`sides_present` returns.
+        one_by_one: computes the terms pair by pair, for a gradient that is to be differentiated itself.
+    """
+    if not sides:
+        return NONE
     if _on_a_device(list(maps.values())) and solver in ("auto", "proximal"):
-        return _terms_on_a_device(maps, order=order, joining=joining, pairs=pairs, max_grid=max_grid, solver=solver)
-    sides = sides_present(maps, order, pairs, max_grid)
-    if solver not in ("auto", "exact") or not sides or not fits(maps, sides):
-        return None
-    found = compiled_values(maps, sides, joining, solver)
-    return found and Terms([pair_name(shallow, deep) for (shallow, _), (deep, _) in sides], *found)
+        return _terms_on_a_device(maps, sides, joining, solver, one_by_one)
+    found = None
+    if solver in ("auto", "exact") and fits(maps, sides):
+        found = compiled_values(maps, sides, joining, solver)
+    return None if found is None else Terms([pair_name(shallow, deep) for (shallow, _), (deep, _) in sides], *found)
 
 
 def _terms_on_a_device(
     maps: Mapping[str, Tensor],
-    *,
-    order: Sequence[str] | None,
+    sides: Sequence[tuple[Side, Side]],
     joining: Collection[str],
-    pairs: Pairs | Sequence[tuple[Stage, Stage]],
-    max_grid: int,
     solver: Solver,
+    one_by_one: Callable[[Mapping[str, Tensor]], Terms],
 ) -> Terms | None:
     """Return the terms in few launches, by the Triton kernels or else as one batch; None if nodes fit neither."""
-    sides = sides_present(maps, order, pairs, max_grid)
-    if not sides:
-        return NONE
     sizes = [tuple(math.prod(grid) for _, grid in pair) for pair in sides]
     if max(map(max, sizes)) > FUSED_UP_TO:
         return None
@@ -160,15 +164,7 @@ def _terms_on_a_device(
     if _fit_the_kernels([maps[name] for name in used]):
 
         def otherwise(given: Sequence[Tensor]) -> Tensor:
-            again = feature_terms(
-                dict(zip(used, given, strict=True)),
-                order=order,
-                pairs=pairs,
-                max_grid=max_grid,
-                solver=solver,
-                kernels=False,
-            )
-            return again.by_image[ordered]
+            return one_by_one(dict(zip(used, given, strict=True))).by_image[ordered]
 
         found = fused_values(
             [maps[name] for name in used],
@@ -190,7 +186,7 @@ def sides_present(
     pairs: Pairs | Sequence[tuple[Stage, Stage]],
     max_grid: int,
     matching: Matching = "transport",
-) -> list[tuple[tuple[str, Grid], tuple[str, Grid]]]:
+) -> list[tuple[Side, Side]]:
     """Return the two stages of each pair, as far as both are there, with the grids that they are pooled to."""
     names = list(maps) if order is None else order
     sides = []

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from devices import StepWithoutMemory, pass_for_a_device
+from scales import assert_alike, at_any_scale, maps_of
 from torch import Tensor, nn
 
 import sfr
@@ -106,20 +107,11 @@ def test_an_image_that_is_not_finite_counts_for_nothing(value: float, side: int,
     assert gradient[0].any()
 
 
-@pytest.mark.parametrize(
-    ("scale", "deep_scale"), [(1e30, 1e-30), (1e-30, 1.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (1e-40, 1.0)]
-)
+@at_any_scale
 def test_any_scale_is_as_good_as_another(scale: float, deep_scale: float) -> None:
-    shallow, deep = leaves((4, 4, 4), (8, 4, 4))
-    with torch.no_grad():
-        shallow[0, :, 0, 0] *= 1e-5  # a node that is almost zero beside the others
-    maps = {"0": shallow * scale, "1": deep * deep_scale}
+    maps = maps_of(scale, deep_scale)
     expected, found = (terms_of(maps, on_device=on_device) for on_device in (False, True))
-    torch.testing.assert_close(found.by_image, expected.by_image, rtol=1e-5, atol=1e-6)
-    plain, own = (
-        torch.autograd.grad(each.by_image.sum(), maps["0"], retain_graph=True)[0] for each in (expected, found)
-    )
-    torch.testing.assert_close(own * scale, plain * scale, rtol=1e-4, atol=1e-6)
+    assert_alike(found, expected, maps["0"], scale)
 
 
 def test_the_gradient_can_be_differentiated() -> None:

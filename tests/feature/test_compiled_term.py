@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from scales import assert_alike, at_any_scale, maps_of
 from torch import Tensor, nn
 
 import sfr
@@ -129,18 +130,10 @@ def test_an_image_that_is_not_finite_counts_for_nothing(value: float, side: int)
         assert not gradient[1].any()
 
 
-@pytest.mark.parametrize(
-    ("scale", "deep_scale"), [(1e30, 1e-30), (1e-30, 1.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (1e-40, 1.0)]
-)
+@at_any_scale
 def test_any_scale_is_as_good_as_another(scale: float, deep_scale: float) -> None:
-    shallow, deep = leaves((4, 4, 4), (8, 4, 4))
-    with torch.no_grad():
-        shallow[0, :, 0, 0] *= 1e-5  # a node that is almost zero beside the others
-    maps = {"0": shallow * scale, "1": deep * deep_scale}
-    terms, expected = feature_terms(maps), by_operations(maps)
-    torch.testing.assert_close(terms.by_image, expected.by_image, rtol=1e-5, atol=1e-6)
-    own, plain = (torch.autograd.grad(each.by_image.sum(), maps["0"])[0] for each in (terms, expected))
-    torch.testing.assert_close(own * scale, plain * scale, rtol=1e-4, atol=1e-6)
+    maps = maps_of(scale, deep_scale)
+    assert_alike(feature_terms(maps), by_operations(maps), maps["0"], scale)
 
 
 def test_the_gradient_can_be_differentiated() -> None:
