@@ -30,8 +30,11 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def git(*arguments: str) -> str:
-    """Return what git prints, nothing where the sources are no repository."""
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    """Return what git prints, nothing where the sources are no repository or there is no git."""
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def cpu_name() -> str:

@@ -19,6 +19,7 @@ import copy
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
@@ -122,7 +123,7 @@ def measure(model: Model, config: sfr.SFRConfig, args: argparse.Namespace, devic
             make_step(net, loss, batches, args, parts[name])()
     result = summary(costs) | {f"{name}_parts": parts[name].medians() for name in parts}
     if device.type == "cuda":
-        result |= {f"{name}_launches": launches(step) for name, step in steps.items()}
+        result |= profiled(steps)
     return result
 
 
@@ -150,12 +151,27 @@ class Parts:
         }
 
 
-def launches(step: Callable[[], None]) -> int:
-    """Return how many kernels a step launches."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    return sum(event.device_type.name == "CUDA" for event in profile.events() or ())
+def profiled(steps: dict[str, Callable[[], None]]) -> dict[str, Any]:
+    """Return what the plain step and that with SFR launch: how much, how long it runs, and what SFR runs more of."""
+    counts, times = {}, {}
+    for name, step in steps.items():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step()
+            torch.cuda.synchronize()
+        kernels = [event for event in profile.events() or () if event.device_type.name == "CUDA"]
+        counts[name] = Counter(event.name for event in kernels)
+        times[name] = Counter[str]()
+        for event in kernels:
+            times[name][event.name] += event.time_range.elapsed_us()
+    more = {name: times["sfr"][name] - times["plain"][name] for name in counts["sfr"]}
+    return {
+        **{f"{name}_launches": sum(count.values()) for name, count in counts.items()},
+        **{f"{name}_kernel_seconds": sum(time.values()) / 1e6 for name, time in times.items()},
+        "kernels_of_sfr": {
+            name[:80]: {"launches": counts["sfr"][name] - counts["plain"][name], "microseconds": round(more[name], 1)}
+            for name in sorted(more, key=lambda name: -more[name])[:20]
+        },
+    }
 
 
 def make_step(

@@ -19,6 +19,7 @@ from sfr.transport.proximal import ITERATIONS, default_beta
 
 MAPS = 8  # arguments for maps that the pooling kernel has
 BLOCK_C, BLOCK_P = 64, 32  # channels and positions of a map that a program takes at a time
+MOST_ALIGNED = 8  # numbers of 16 bits that a thread reads at once
 
 
 def fused_values(
@@ -39,7 +40,8 @@ def fused_values(
         otherwise: gives the values by PyTorch's operations, for a gradient that is to be differentiated itself.
     """
     layout = tuple((tuple(each.shape), each.stride()) for each in maps)
-    run = _Run(_tables(layout, sets, pairs, maps[0].device), sets, pairs, otherwise, {i: [] for i in joining})
+    tables = _tables(layout, sets, pairs, maps[0].device)
+    run = _Run(tables, pairs, otherwise, {i: [] for i in tables.supervised if i in joining})
     with torch.cuda.device_of(maps[0]):  # Triton launches on the current device, whatever it is given
         values, finite = _FusedValues.apply(run, *maps)
     if values.requires_grad:
@@ -53,7 +55,6 @@ class _Run(NamedTuple):
     """What the passes forth and back of one step have in common; `waiting` is of the maps whose hook adds."""
 
     tables: _Tables
-    sets: tuple[tuple[int, Grid], ...]
     pairs: tuple[tuple[int, int], ...]
     otherwise: Callable[[Sequence[Tensor]], Tensor]
     waiting: dict[int, list[tuple[int, Any]]]
@@ -69,11 +70,11 @@ class _FusedValues(torch.autograd.Function):
         )
         sides = empty((2, pairs, images, 3, tables.block), dtype=torch.float32)
         finite = empty((pairs, images), dtype=torch.uint8)
-        blocks = max(count * triton.cdiv(channels, BLOCK_C) for _, count, channels in tables.places)
         given = (*maps, *[maps[0]] * (MAPS - len(maps)))
-        pool_kernel[blocks, images, len(tables.places)](
-            *given, tables.sets, nodes, BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P, **OPTIONS
-        )
+        pool_kernel[tables.pooling_blocks, images, len(tables.sets)](
+            *given, tables.sets, nodes, LAST=tables.last, ALIGNED=tables.aligned, BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P,
+            **OPTIONS,
+        )  # fmt: skip
         cost_kernel[images, pairs](
             nodes, tables.pairs, images, cost, sides[0], sides[1], finite, BLOCK_N=tables.block, BLOCK_C=BLOCK_C,
             **OPTIONS,
@@ -82,8 +83,8 @@ class _FusedValues(torch.autograd.Function):
             shape = (group.size * images, group.n, group.m)
             own = slice(group.cost, group.cost + math.prod(shape))
             fused_plan(
-                cost[own].view(shape), None, None, beta=default_beta(*shape[1:], uniform=True), iterations=ITERATIONS,
-                plan=plan[own].view(shape), values=values[group.first : group.first + group.size],
+                cost[own].view(shape), None, None, beta=group.beta, iterations=ITERATIONS, plan=plan[own].view(shape),
+                values=values[group.first : group.first + group.size],
             )  # fmt: skip
         ctx.run = run
         ctx.set_materialize_grads(False)
@@ -107,16 +108,14 @@ class _FusedValues(torch.autograd.Function):
             gradients = dict(zip(needed, found, strict=True))
             return None, *(gradients.get(i) for i in range(len(maps)))
         of_nodes = torch.empty_like(nodes)
-        blocks = max(triton.cdiv(channels, BLOCK_C) for _, _, channels in tables.places)
-        gradient_kernel[blocks, images, len(tables.places)](
+        gradient_kernel[tables.gradient_blocks, images, len(tables.sets)](
             nodes, tables.sets, tables.pairs, cost, plan, sides[0], sides[1], of_values, *of_values.stride(), of_nodes,
             images, BLOCK_N=tables.block, BLOCK_C=BLOCK_C, **OPTIONS,
         )  # fmt: skip
-        for number in dict.fromkeys(shallow for shallow, _ in run.pairs):
-            i, grid = run.sets[number]
+        for i, spread in tables.spreads:
             if i not in needed:
                 continue
-            cells = _Cells(of_nodes, tables.places[number][0], grid, maps[i])
+            cells = _Cells(of_nodes, spread, maps[i])
             if i in run.waiting:
                 run.waiting[i].append((torch._C._current_graph_task_id(), cells))
             else:
@@ -124,34 +123,52 @@ class _FusedValues(torch.autograd.Function):
         return None, *(gradients.get(i) for i in range(len(maps)))
 
 
+class _Spread(NamedTuple):
+    """How the gradient of a set of nodes is spread over its map.
+
+    Args:
+        start: where the set starts among all nodes, (B, N, C).
+        sizes: C, H and W of the map, and of the grid.
+        windows: along each axis, that may hold a position of the map.
+        blocks: programs of a launch.
+    """
+
+    start: int
+    sizes: tuple[int, int, int, int, int]
+    windows: int
+    blocks: tuple[int, int, int]
+
+
 class _Cells(NamedTuple):
     """The gradient of the nodes of one map.
 
     Args:
         of_nodes: that of all nodes.
-        start: where the map's own start in it, (B, N, C).
-        grid: the grid of the N nodes.
+        spread: where the map's own are in it, and where they belong.
         feature_map: the map.
     """
 
     of_nodes: Tensor
-    start: int
-    grid: Grid
+    spread: _Spread
     feature_map: Tensor
 
     def added_to(self, gradient: Tensor | None) -> Tensor:
         """Return the gradient of the map, a new tensor: that of its nodes, plus the one given."""
-        like = self.feature_map
-        result = torch.empty_like(like if gradient is None else gradient)
+        spread = self.spread
+        result = torch.empty_like(self.feature_map if gradient is None else gradient)
         given = result if gradient is None else gradient
-        (height, width), grid = _two(like.shape[2:], 1), _two(self.grid, 1)
-        blocks = triton.cdiv(height * width, BLOCK_P), triton.cdiv(like.shape[1], BLOCK_C), len(like)
-        join_kernel[blocks](
-            given, self.of_nodes[self.start :], result, like.shape[1], height, width, *grid,
-            *given.stride()[:2], *_two(given.stride()[2:], 0), *result.stride()[:2], *_two(result.stride()[2:], 0),
-            GIVEN=gradient is not None, BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P, **OPTIONS,
+        strides = (*_of_axes(given.stride(), 0), *_of_axes(result.stride(), 0))
+        join_kernel[spread.blocks](
+            given, self.of_nodes[spread.start :], result, *spread.sizes, *strides, GIVEN=gradient is not None,
+            WINDOWS=spread.windows, BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P, **OPTIONS,
         )  # fmt: skip
         return result
+
+
+def _of_axes(values: Sequence[int], missing: int) -> tuple[int, int, int, int]:
+    """Return a value for each axis of (B, C, H, W), of maps that may lack the last one or two."""
+    batch, channels, *spatial = values
+    return batch, channels, *_two(spatial, missing)
 
 
 def _two(values: Sequence[int], missing: int) -> tuple[int, int]:
@@ -161,34 +178,43 @@ def _two(values: Sequence[int], missing: int) -> tuple[int, int]:
 
 
 class _Group(NamedTuple):
-    """Pairs of one size: the first one, how many, their nodes, and where their costs start."""
+    """Pairs of one size: the first one, how many, their nodes, where their costs start, and the solver's beta."""
 
     first: int
     size: int
     n: int
     m: int
     cost: int
+    beta: float
 
 
 @dataclass(frozen=True)
 class _Tables:
-    """What the kernels read, and where they write.
+    """What the kernels read, where they write, and how they are launched.
 
     Args:
         sets, pairs: numbers of each set of nodes and of each pair, int32, see sfr.feature.kernels.
-        places: of each set of nodes where it starts, N and C.
         groups: the pairs of one size each.
+        spreads: of each set that is a shallow side the number of its map, and how its gradient is spread.
+        supervised: numbers of the maps of those sets.
         nodes, costs: numbers in all.
         block: nodes that a program takes, a power of two.
+        last, aligned: see :func:`sfr.feature.kernels.pool_kernel`.
+        pooling_blocks, gradient_blocks: programs for one image and set of nodes.
     """
 
     sets: Tensor
     pairs: Tensor
-    places: tuple[tuple[int, int, int], ...]
     groups: tuple[_Group, ...]
+    spreads: tuple[tuple[int, _Spread], ...]
+    supervised: frozenset[int]
     nodes: int
     costs: int
     block: int
+    last: bool
+    aligned: int
+    pooling_blocks: int
+    gradient_blocks: int
 
 
 @lru_cache(maxsize=64)
@@ -203,12 +229,11 @@ def _tables(
         place = (start, math.prod(grid), layout[of_map][0][1])
         places.append(place)
         start += images * place[1] * place[2]
+    strides = {of_map: _strides_of(*layout[of_map]) for of_map, _ in sets}
     set_rows = []
     for number, ((of_map, grid), place) in enumerate(zip(sets, places, strict=True)):
-        shape, strides = layout[of_map]
-        sizes = (shape[1], *_two(shape[2:], 1), *_two(grid, 1), place[1])
-        first = _next_pair(pairs, number, 0)
-        set_rows.append([of_map, place[0], *sizes, *strides[:2], *_two(strides[2:], 0), first, 0, 0, 0])
+        sizes = (*_of_axes(layout[of_map][0], 1)[1:], *_two(grid, 1))
+        set_rows.append([of_map, place[0], *sizes, place[1], *strides[of_map], _next_pair(pairs, number, 0), 0, 0, 0])
     pair_rows: list[list[int]] = []
     groups: list[_Group] = []
     cost = 0
@@ -218,12 +243,35 @@ def _tables(
         sides = (*_side(*places[shallow], width), *_side(*places[deep], width))
         pair_rows.append([*sides, width, n, m, cost, later, 0, 0, 0])
         if not groups or (groups[-1].n, groups[-1].m) != (n, m):
-            groups.append(_Group(number, 0, n, m, cost))
+            groups.append(_Group(number, 0, n, m, cost, default_beta(n, m, uniform=True)))
         groups[-1] = groups[-1]._replace(size=groups[-1].size + 1)
         cost += images * n * m
+    shallow_sets = list(dict.fromkeys(shallow for shallow, _ in pairs))
+    spreads = tuple((sets[number][0], _spread(set_rows[number], images)) for number in shallow_sets)
     of_sets, of_pairs = (torch.tensor(rows, dtype=torch.int32, device=device) for rows in (set_rows, pair_rows))
-    block = max(16, triton.next_power_of_2(max(count for _, count, _ in places)))
-    return _Tables(of_sets, of_pairs, tuple(places), tuple(groups), start, cost, block)
+    blocks = [-(-channels // BLOCK_C) for _, _, channels in places]
+    channels_and_strides = [number for row in set_rows for number in (row[2], row[8], *row[10:12])]
+    return _Tables(
+        of_sets, of_pairs, tuple(groups), spreads, frozenset(of_map for of_map, _ in spreads), start, cost,
+        block=max(16, triton.next_power_of_2(max(count for _, count, _ in places))),
+        last=all(row[9] == 1 or row[2] == 1 for row in set_rows),
+        aligned=math.gcd(MOST_ALIGNED, *channels_and_strides),
+        pooling_blocks=max(place[1] * count for place, count in zip(places, blocks, strict=True)),
+        gradient_blocks=max(blocks),
+    )  # fmt: skip
+
+
+def _strides_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Return the strides of a map (B, C, H, W), zero along axes that it lacks or has one position along."""
+    return _of_axes([stride if size > 1 else 0 for size, stride in zip(shape, strides, strict=True)], 0)
+
+
+def _spread(row: Sequence[int], images: int) -> _Spread:
+    """Return how the gradient of a set is spread, from its row of numbers."""
+    channels, height, width, *grid = row[2:7]
+    windows = 1 if height % grid[0] == width % grid[1] == 0 else 2
+    blocks = (-(-height * width // BLOCK_P), -(-channels // BLOCK_C), images)
+    return _Spread(row[1], (channels, height, width, grid[0], grid[1]), windows, blocks)
 
 
 def _next_pair(pairs: Sequence[tuple[int, int]], shallow: int, start: int) -> int:

@@ -12,18 +12,24 @@ SET_WIDTH = tl.constexpr(16)
 # next pair of the same shallow side.
 PAIR_WIDTH = tl.constexpr(16)
 TINY = tl.constexpr(1.1754944e-38)  # the smallest normal float32
+SMALL, LARGE = tl.constexpr(1e-9), tl.constexpr(1e9)  # far from where squares of float32 leave its range
 SHORTEST = tl.constexpr(1e-6)  # squared: see sfr.feature.directions
 
 
 @triton.jit
 def pool_kernel(  # type: ignore[no-untyped-def]
-    map_0, map_1, map_2, map_3, map_4, map_5, map_6, map_7, sets_ptr, nodes_ptr, BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    map_0, map_1, map_2, map_3, map_4, map_5, map_6, map_7, sets_ptr, nodes_ptr, LAST: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Average-pool: program (cell and block of channels, image, set of nodes) writes some channels of one node."""
+    """Average-pool: program (cell and block of channels, image, set of nodes) writes some channels of one node.
+
+    Args:
+        LAST: whether neighbouring channels of all maps are neighbours in memory.
+        ALIGNED: what all channels, and strides but those of single channels, are multiples of.
+    """
     row = sets_ptr + tl.program_id(2) * SET_WIDTH
     image = tl.program_id(1).to(tl.int64)
-    which, start, channels = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    which, start, channels = tl.load(row), tl.load(row + 1), tl.multiple_of(tl.load(row + 2), ALIGNED)
     height, width, grid_height, grid_width = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
     blocks = tl.cdiv(channels, BLOCK_C)
     cell = tl.program_id(0) // blocks
@@ -32,15 +38,19 @@ def pool_kernel(  # type: ignore[no-untyped-def]
         left, right = window(cell % grid_width, grid_width, width)
         size = (bottom - top) * (right - left)
         c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-        of_channel = image * tl.load(row + 8) + c * tl.load(row + 9)
-        of_row, of_column = tl.load(row + 10), tl.load(row + 11)
+        of_image, of_channel = tl.multiple_of(tl.load(row + 8), ALIGNED), tl.load(row + 9)
+        of_row, of_column = tl.multiple_of(tl.load(row + 10), ALIGNED), tl.multiple_of(tl.load(row + 11), ALIGNED)
         total = tl.zeros((BLOCK_C,), tl.float32)
         done = size * 0
         while done < size:
             p = done + tl.arange(0, BLOCK_P)
-            place = (top + p // (right - left)) * of_row + (left + p % (right - left)) * of_column
-            offsets = of_channel[:, None] + place[None, :]
-            inside = (c < channels)[:, None] & (p < size)[None, :]
+            place = image * of_image + (top + p // (right - left)) * of_row + (left + p % (right - left)) * of_column
+            if LAST:  # the last axis of a tile is the one that neighbouring threads go along
+                offsets = place[:, None] + c[None, :]
+                inside = (p < size)[:, None] & (c < channels)[None, :]
+            else:
+                offsets = c[:, None] * of_channel + place[None, :]
+                inside = (c < channels)[:, None] & (p < size)[None, :]
             if which == 0:
                 tile = tl.load(map_0 + offsets, mask=inside, other=0.0).to(tl.float32)
             elif which == 1:
@@ -57,7 +67,7 @@ def pool_kernel(  # type: ignore[no-untyped-def]
                 tile = tl.load(map_6 + offsets, mask=inside, other=0.0).to(tl.float32)
             else:
                 tile = tl.load(map_7 + offsets, mask=inside, other=0.0).to(tl.float32)
-            total += tl.sum(tile, axis=1)
+            total += tl.sum(tile, axis=0 if LAST else 1)
             done += BLOCK_P
         node = start + (image * tl.load(row + 7) + cell) * channels
         tl.store(nodes_ptr + node + c, total / size, mask=c < channels)
@@ -76,29 +86,35 @@ def cost_kernel(  # type: ignore[no-untyped-def]
     i = tl.arange(0, BLOCK_N)
     c = tl.arange(0, BLOCK_C)
 
-    largest, strange = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.int32)
-    other_largest, other_strange = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.int32)
-    done = width * 0
-    while done < width:
-        largest, strange = extremes(matched(nodes_ptr, row, image, n, i, done + c, width), largest, strange)
-        other = matched(nodes_ptr, row + 4, image, m, i, done + c, width)
-        other_largest, other_strange = extremes(other, other_largest, other_strange)
-        done += BLOCK_C
-    sound = tl.sum(strange, axis=0) + tl.sum(other_strange, axis=0) == 0
-    peak = tl.where(sound, tl.max(largest, axis=0), 0.0)
-    other_peak = tl.where(sound, tl.max(other_largest, axis=0), 0.0)
-    unit, other_unit = tl.where(peak < TINY, 1.0, peak), tl.where(other_peak < TINY, 1.0, other_peak)
-
+    # As they are, and once more in units of the largest number where squares might leave the range of float32.
+    unit, other_unit = 1.0, 1.0
+    peak, other_peak, sound = 0.0, 0.0, width > 0
     squares, other_squares = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
     products = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
-    done = width * 0
-    while done < width:
-        own = tl.where(sound, matched(nodes_ptr, row, image, n, i, done + c, width), 0.0) / unit
-        other = tl.where(sound, matched(nodes_ptr, row + 4, image, m, i, done + c, width), 0.0) / other_unit
-        squares += tl.sum(own * own, axis=1)
-        other_squares += tl.sum(other * other, axis=1)
-        products += tl.dot(own, tl.trans(other), input_precision="ieee")
-        done += BLOCK_C
+    tries = width * 0 + 2
+    while tries > 0:
+        largest, strange = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.int32)
+        other_largest, other_strange = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.int32)
+        squares, other_squares = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+        products = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
+        done = width * 0
+        while done < width:
+            own = matched(nodes_ptr, row, image, n, i, done + c, width)
+            other = matched(nodes_ptr, row + 4, image, m, i, done + c, width)
+            largest, strange = extremes(own, largest, strange)
+            other_largest, other_strange = extremes(other, other_largest, other_strange)
+            own, other = finite_only(own) / unit, finite_only(other) / other_unit
+            squares += tl.sum(own * own, axis=1)
+            other_squares += tl.sum(other * other, axis=1)
+            products += tl.dot(own, tl.trans(other), input_precision="ieee")
+            done += BLOCK_C
+        sound = tl.sum(strange, axis=0) + tl.sum(other_strange, axis=0) == 0
+        peak = tl.where(sound, tl.max(largest, axis=0), 0.0)
+        other_peak = tl.where(sound, tl.max(other_largest, axis=0), 0.0)
+        tries = tl.where((tries == 2) & sound & (extreme(peak) | extreme(other_peak)), 1, 0)
+        unit = tl.where((tries == 0) | (peak < TINY), unit, peak)
+        other_unit = tl.where((tries == 0) | (other_peak < TINY), other_unit, other_peak)
+    squares, other_squares = tl.where(sound, squares, 0.0), tl.where(sound, other_squares, 0.0)
     factor, length, free = unit_length(squares, n, peak)
     other_factor, other_length, other_free = unit_length(other_squares, m, other_peak)
     cost = 0.5 * (length[:, None] + other_length[None, :]) - products * factor[:, None] * other_factor[None, :]
@@ -170,10 +186,13 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def join_kernel(  # type: ignore[no-untyped-def]
     gradient_ptr, cells_ptr, result_ptr, channels, height, width, grid_height, grid_width, of_image, of_channel, of_row,
-    of_column, to_image, to_channel, to_row, to_column, GIVEN: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    of_column, to_image, to_channel, to_row, to_column, GIVEN: tl.constexpr, WINDOWS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a map from that of its cells (B, N, C), plus the one it has already, if there is one."""
+    """Gradient of a map from that of its cells (B, N, C), plus the one it has already, if there is one.
+
+    WINDOWS along each axis may hold a position: one, or two where they overlap, as those of an uneven grid do.
+    """
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     image = tl.program_id(2).to(tl.int64)
@@ -183,8 +202,8 @@ def join_kernel(  # type: ignore[no-untyped-def]
     if GIVEN:
         offsets = image * of_image + c[:, None] * of_channel + (y * of_row + x * of_column)[None, :]
         total += tl.load(gradient_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    for down in tl.static_range(2):  # windows of pooling to an uneven grid overlap by one
-        for right in tl.static_range(2):
+    for down in tl.static_range(WINDOWS):
+        for right in tl.static_range(WINDOWS):
             row, column = y * grid_height // height + down, x * grid_width // width + right
             top, bottom = window(row, grid_height, height)
             left, end = window(column, grid_width, width)
@@ -234,6 +253,12 @@ def extremes(tile, largest, strange):  # type: ignore[no-untyped-def]
     finite = (tile == tile) & (size < float("inf"))
     largest = tl.maximum(largest, tl.max(tl.where(finite, size, 0.0), axis=1))
     return largest, strange + tl.sum(tl.where(finite, 0, 1), axis=1)
+
+
+@triton.jit
+def extreme(peak):  # type: ignore[no-untyped-def]
+    """Whether sums of squares of numbers of this size might leave the range of float32."""
+    return (peak < SMALL) | (peak > LARGE)
 
 
 @triton.jit

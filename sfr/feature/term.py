@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -153,31 +153,60 @@ def _terms_on_a_device(
     one_by_one: Callable[[Mapping[str, Tensor]], Terms],
 ) -> Terms | None:
     """Return the terms in few launches, by the Triton kernels or else as one batch; None if nodes fit neither."""
-    sizes = [tuple(math.prod(grid) for _, grid in pair) for pair in sides]
-    if max(map(max, sizes)) > FUSED_UP_TO:
+    plan = _plan_of(tuple(sides))
+    if plan.largest > FUSED_UP_TO:
         return None
-    ordered = sorted(range(len(sides)), key=sizes.__getitem__)  # pairs of one size next to each other
-    used = list(dict.fromkeys(name for pair in sides for name, _ in pair))
-    sets = list(dict.fromkeys(side for pair in sides for side in pair))
-    numbers = tuple((sets.index(sides[i][0]), sets.index(sides[i][1])) for i in ordered)
-    found = None
-    if _fit_the_kernels([maps[name] for name in used]):
+    used, found = [maps[name] for name in plan.maps], None
+    if _fit_the_kernels(used):
 
         def otherwise(given: Sequence[Tensor]) -> Tensor:
-            return one_by_one(dict(zip(used, given, strict=True))).by_image[ordered]
+            return one_by_one(dict(zip(plan.maps, given, strict=True))).by_image[list(plan.order)]
 
-        found = fused_values(
-            [maps[name] for name in used],
-            tuple((used.index(name), grid) for name, grid in sets),
-            numbers,
-            [used.index(name) for name in joining if name in used],
-            otherwise,
-        )
-    if found is None and all(n == m for n, m in sizes):
-        found = batched_values([cells_of(maps[name], grid) for name, grid in sets], numbers, solver)
-    if found is None:
-        return None
-    return Terms([pair_name(shallow, deep) for (shallow, _), (deep, _) in (sides[i] for i in ordered)], *found)
+        joined = [i for i, name in enumerate(plan.maps) if name in joining]
+        found = fused_values(used, plan.sets, plan.pairs, joined, otherwise)
+    if found is None and plan.square:
+        found = batched_values([cells_of(used[number], grid) for number, grid in plan.sets], plan.pairs, solver)
+    return None if found is None else Terms(plan.names, *found)
+
+
+class _Plan(NamedTuple):
+    """What of the pairs of a step is the same in every step.
+
+    Attributes:
+        maps: names of the maps.
+        sets: of each set of nodes the number of its map, and its grid.
+        pairs: numbers of the shallow and the deep set of each pair, pairs of one size next to each other.
+        order: which of the sides each of these pairs is of.
+        names: of these pairs.
+        largest: nodes of the largest set.
+        square: whether the two sides of each pair have as many nodes.
+    """
+
+    maps: tuple[str, ...]
+    sets: tuple[tuple[int, Grid], ...]
+    pairs: tuple[tuple[int, int], ...]
+    order: tuple[int, ...]
+    names: tuple[str, ...]
+    largest: int
+    square: bool
+
+
+@lru_cache(maxsize=64)
+def _plan_of(sides: tuple[tuple[Side, Side], ...]) -> _Plan:
+    sizes = [tuple(math.prod(grid) for _, grid in pair) for pair in sides]
+    order = sorted(range(len(sides)), key=sizes.__getitem__)
+    maps = tuple(dict.fromkeys(name for pair in sides for name, _ in pair))
+    sets = list(dict.fromkeys(side for pair in sides for side in pair))
+    ordered = [sides[i] for i in order]
+    return _Plan(
+        maps,
+        tuple((maps.index(name), grid) for name, grid in sets),
+        tuple((sets.index(shallow), sets.index(deep)) for shallow, deep in ordered),
+        tuple(order),
+        tuple(pair_name(shallow, deep) for (shallow, _), (deep, _) in ordered),
+        max(map(max, sizes)),
+        all(n == m for n, m in sizes),
+    )
 
 
 def sides_present(
@@ -186,13 +215,22 @@ def sides_present(
     pairs: Pairs | Sequence[tuple[Stage, Stage]],
     max_grid: int,
     matching: Matching = "transport",
-) -> list[tuple[Side, Side]]:
+) -> Sequence[tuple[Side, Side]]:
     """Return the two stages of each pair, as far as both are there, with the grids that they are pooled to."""
     names = list(maps) if order is None else order
-    sides = []
-    for shallow, deep in ((names[i], names[j]) for i, j in resolve_pairs(pairs, names)):
-        if shallow in maps and deep in maps:
-            grids = common_grids(tuple(maps[shallow].shape[2:]), tuple(maps[deep].shape[2:]), max_grid)
+    named = tuple((names[i], names[j]) for i, j in resolve_pairs(pairs, names))
+    return _sides(named, tuple((name, tuple(each.shape[2:])) for name, each in maps.items()), max_grid, matching)
+
+
+@lru_cache(maxsize=64)
+def _sides(
+    pairs: tuple[tuple[str, str], ...], shapes: tuple[tuple[str, Grid], ...], max_grid: int, matching: Matching
+) -> Sequence[tuple[Side, Side]]:
+    """Return what :func:`sides_present` does, of the names of all pairs and the spatial shapes of the maps there."""
+    spatial, sides = dict(shapes), []
+    for shallow, deep in pairs:
+        if shallow in spatial and deep in spatial:
+            grids = common_grids(spatial[shallow], spatial[deep], max_grid)
             if matching == "in_place":
                 if len(grids[0]) != len(grids[1]):
                     raise ValueError(
@@ -201,7 +239,7 @@ def sides_present(
                     )
                 grids = grids[0], grids[0]  # the smaller one
             sides.append(((shallow, grids[0]), (deep, grids[1])))
-    return sides
+    return tuple(sides)
 
 
 def matched_pairs(

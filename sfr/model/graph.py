@@ -60,10 +60,13 @@ def names_behind(logits: Tensor, features: Mapping[str, Tensor]) -> list[str]:
     An autograd node may have several outputs, as ``torch.compile`` makes one of a whole model: the walk has to arrive
     at the very output that the feature is.
     """
-    wanted = {(feature.grad_fn, feature.output_nr) for feature in features.values() if feature.grad_fn is not None}
-    reached = set()
-    for node in graph_behind(logits.grad_fn):
-        reached |= wanted.intersection(node.next_functions)
-        if len(reached) == len(wanted):
-            break
-    return [name for name, feature in features.items() if (feature.grad_fn, feature.output_nr) in reached]
+    edges = {name: (each.grad_fn, each.output_nr) for name, each in features.items()}
+    missing = {edge for edge in edges.values() if edge[0] is not None}
+    waiting, seen = [logits.grad_fn], {None}
+    while waiting and missing:  # through the whole network, in every step: the plainest of loops
+        for edge in waiting.pop().next_functions:
+            if edge[0] not in seen:
+                seen.add(edge[0])
+                waiting.append(edge[0])
+            missing.discard(edge)
+    return [name for name, edge in edges.items() if edge[0] is not None and edge not in missing]

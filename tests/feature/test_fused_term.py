@@ -110,6 +110,8 @@ def test_an_image_that_is_not_finite_counts_for_nothing(value: float) -> None:
     assert not gradient[1].any()
 
 
+# Numbers are tried as they are first; numpy, by which the interpreter computes, warns of what the kernel then discards.
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 @pytest.mark.parametrize(("scale", "deep_scale"), [(1e30, 1e-30), (1e-30, 1.0), (0.0, 1.0), (1.0, 0.0)])
 def test_any_scale_is_as_good_as_another(scale: float, deep_scale: float) -> None:
     shallow, deep = leaves((4, 2, 2), (6, 2, 2))
@@ -249,8 +251,14 @@ LAUNCH = """
 import torch
 from sfr.feature.term import feature_terms
 
-for dtype, joining in ((torch.float32, ()), (torch.bfloat16, ("0", "1"))):
-    own = [torch.randn(2, *shape).to(dtype).requires_grad_() for shape in [(8, 9, 9), (16, 8), (70, 4, 4), (6,)]]
+several, aligned = [(8, 9, 9), (16, 8), (70, 4, 4), (6,)], [(64, 8, 8), (16, 4, 4)]
+for shapes, last, dtype, joining in (
+    (several, False, torch.float32, ()),
+    (several, False, torch.bfloat16, ("0", "1")),
+    (aligned, True, torch.bfloat16, ("0",)),
+):
+    own = [torch.randn(2, *shape).to(dtype) for shape in shapes]
+    own = [(each.to(memory_format=torch.channels_last) if last else each).requires_grad_() for each in own]
     maps = {str(i): leaf * 1.5 for i, leaf in enumerate(own)}
     terms = feature_terms(maps, solver="proximal", joining=joining)
     loss = terms.by_image.sum() + sum(each.float().sin().sum() for each in maps.values())
@@ -262,6 +270,6 @@ print(dict(sorted(launches.items())))
 def test_the_kernels_start_on_gpus_that_are_not_there(tmp_path: Any) -> None:
     (line,) = run_for_a_gpu(LAUNCH, tmp_path)
     started = ast.literal_eval(line)
-    assert {name: started[name] for name in OUR_KERNELS[:3]} == dict.fromkeys(OUR_KERNELS[:3], 2)
-    assert started["join_kernel"] >= 2
-    assert started["proximal_kernel"] >= 2
+    assert {name: started[name] for name in OUR_KERNELS[:3]} == dict.fromkeys(OUR_KERNELS[:3], 3)
+    assert started["join_kernel"] >= 3
+    assert started["proximal_kernel"] >= 3
