@@ -35,17 +35,20 @@ part() { # NAME FILE COMMAND...: run it unless its file is there; what it writes
 }
 
 failed=()
+tests=(tests/test_gpu.py tests/feature/test_fused_term.py tests/labels/test_fused_labels.py tests/transport/test_fused.py)
 device=cuda precision=bf16 small=(resnet18:32:128) large=(resnet50:224:64 vit_small_patch16_224:224:64)
 repeats=(--repeats 30) solvers=(--batch-size 256) accuracy=(--plan gpu) flow=(--plan gpu)
 if [ -n "$tiny" ]; then
-    device=cpu precision=fp32 small=(resnet8:16:4) large=(resnet18:64:2 vit_tiny_patch16_224:32:2)
+    tests=(tests/test_gpu.py) device=cpu precision=fp32
+    small=(resnet8:16:4) large=(resnet18:64:2 vit_tiny_patch16_224:32:2)
     repeats=(--repeats 1 --train-steps 1) solvers=(--quick --batch-size 2 --repeats 1 --budget 0.01 --limit 0.02)
     accuracy=(--schedule smoke --model resnet8 --seeds 0) flow=(--plan tiny --arms layersync --seeds 0)
 fi
 cost=(python -m benchmarks.step_cost.overhead --device "$device" --precision "$precision" --channels-last "${repeats[@]}")
-part correctness tests.xml python -m pytest -p no:cacheprovider --junit-xml @FILE tests/test_gpu.py
+part correctness tests.xml python -m pytest -p no:cacheprovider -n 4 --junit-xml @FILE "${tests[@]}"
 part "a step of ResNet-18" step-resnet18.json "${cost[@]}" --models "${small[@]}" --output @FILE
 part "a step of ResNet-50 and a ViT" step-large.json "${cost[@]}" --models "${large[@]}" --output @FILE
+part "replayed steps" step-replayed.json "${cost[@]}" --graph --models "${small[@]}" "${large[@]}" --output @FILE
 part "compiled steps" step-compiled.json "${cost[@]}" --compile --models "${small[@]}" --output @FILE
 part solvers transport.json python -m benchmarks.transport --device "$device" "${solvers[@]}" \
     --output @FILE --plot "$out/transport.png"

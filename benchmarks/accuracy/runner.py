@@ -33,7 +33,7 @@ from benchmarks.common.data import SOURCES, decoded
 from benchmarks.common.paths import CACHE, ROOT
 from benchmarks.common.small_sets import SMALL_SOURCES
 
-GPU_WORKERS = 4
+GPU_WORKERS = 5
 # glibc hands big blocks back to the system at once and zeroes them anew; keeping them trains a third faster on a CPU.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_TOP_PAD_": str(2**28)}
 
@@ -121,7 +121,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--part", choices=["held-out", "test"], default="test", help="what the last epoch is judged on")
     add("--model", default="resnet20", help="as in examples/train_cifar.py, or of benchmarks/common/networks.py")
     add("--dataset", choices=["cifar100", "cifar10", *SMALL_SOURCES], default="cifar100")
-    add("--workers", type=int, help="cells that run at once; default: one a core, on a GPU four")
+    add("--workers", type=int, help="cells that run at once; default: one a core, on a GPU five")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--results", type=Path, default=CELLS, help="folder of the JSON files")
     add("--cache", type=Path, default=CACHE, help="folder of the decoded images")

@@ -3,13 +3,15 @@
     python -m benchmarks.step_cost.overhead                                    # on the CPU, random images
     python -m benchmarks.step_cost.overhead --data-dir DIR                     # on CIFAR-100 images from local Parquet
     python -m benchmarks.step_cost.overhead --device cuda --precision bf16     # on a GPU
+    python -m benchmarks.step_cost.overhead --device cuda --precision bf16 --graph   # without the host
     python -m benchmarks.step_cost.overhead --models resnet50:224:64 vit_small_patch16_224:224:64
 
 A model is a name of examples/train_cifar.py (images of at most 32 pixels), torchvision or timm, and, behind colons, the
 size of its images and batches. Two copies take turns on the same batches, one plain with cross-entropy, one wrapped
 with SFRLoss. A step is forward, loss, backward and optimizer. The table shows medians and their ratio, and what the
 three first parts take more than they take of the plain step; the JSON holds every single time. On a GPU the kernels
-that a step launches are counted as well.
+that a step launches are counted as well, and listed with their times as far as they are SFR's; with --graph the times
+of whole steps are those of replays of a CUDA graph of each, which leave the host nothing to do.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,6 +120,9 @@ def measure(model: Model, config: sfr.SFRConfig, args: argparse.Namespace, devic
         "sfr": make_step(called[1], own, batches, args),
     }
     costs = compare_steps(steps, device, args.repeats, warmup=2)
+    if args.graph:
+        replayed = compare_steps({name: recorded(step, device) for name, step in steps.items()}, device, args.repeats)
+        costs = {name: replace(costs[name], seconds=cost.seconds) for name, cost in replayed.items()}
     parts = {name: Parts(device) for name in steps}
     for _ in range(args.repeats):
         for name, (net, loss) in {"plain": (called[0], criterion), "sfr": (called[1], own)}.items():
@@ -125,6 +131,21 @@ def measure(model: Model, config: sfr.SFRConfig, args: argparse.Namespace, devic
     if device.type == "cuda":
         result |= profiled(steps)
     return result
+
+
+def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Return the replay of a CUDA graph of a step that has been taken before; on another device the step."""
+    if device.type != "cuda":
+        return step
+    side, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream(device).wait_stream(side)
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 class Parts:
@@ -257,7 +278,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("precision", "channels_last", "repeats", "train_steps", "compile")
+    names = ("precision", "channels_last", "repeats", "train_steps", "compile", "graph")
     return {name: getattr(args, name) for name in names} | {"images": "cifar100" if args.data_dir else "random"}
 
 
@@ -274,6 +295,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--precision", choices=["fp32", "bf16"], default="fp32")
     add("--channels-last", action="store_true", help="the memory format that convolutions prefer")
     add("--compile", action="store_true", help="compile both networks")
+    add("--graph", action="store_true", help="time replays of a CUDA graph of each step")
     add("--config", default="{}", metavar="JSON", help='SFRConfig fields, as in \'{"grouping": "mean"}\'')
     add("--output", type=Path, help="default benchmarks/results/overhead-DEVICE.json")
     args = parser.parse_args()
