@@ -62,7 +62,8 @@ def names_behind(logits: Tensor, features: Mapping[str, Tensor]) -> list[str]:
     """
     edges = {name: (each.grad_fn, each.output_nr) for name, each in features.items()}
     missing = {edge for edge in edges.values() if edge[0] is not None}
-    waiting, seen = [logits.grad_fn], {None}
+    waiting: list[Any] = [] if logits.grad_fn is None else [logits.grad_fn]
+    seen: set[Any] = {None}
     while waiting and missing:  # through the whole network, in every step: the plainest of loops
         for edge in waiting.pop().next_functions:
             if edge[0] not in seen:
