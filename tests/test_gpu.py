@@ -49,11 +49,12 @@ def test_the_fused_kernel_gives_the_plans_of_the_eager_solver(n, m, masses):
 
 
 def test_a_certificate_never_waits_for_the_device():
-    cost = torch.rand(8, 100, 100, device="cuda")
+    cost = torch.rand(8, 100, 100)
+    on_the_device = cost.cuda()
     with no_waiting():
-        plan, bound = certified(cost)
-    assert (bound < 0.01).all()
+        plan, bound = certified(on_the_device)
     assert plan.is_cuda
+    torch.testing.assert_close(bound.cpu(), certified(cost)[1], rtol=1e-3, atol=1e-5)
 
 
 def test_exact_plans_are_given_back_on_the_device():
@@ -163,8 +164,12 @@ def losses_of(model, criterion, images, labels, steps=6):
     return losses
 
 
-# Dynamo looks at .grad of what it is given and hides this warning, which it cannot where warnings are errors.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+# PyTorch's own: of what Dynamo looks at, of TF32, and of the empty graph that it starts its pool of memory with.
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf",
+    "ignore:TensorFloat32 tensor cores",
+    "ignore:The CUDA Graph is empty",
+)
 def test_a_model_that_replays_cuda_graphs_trains_as_the_eager_one(make_net, batch):
     net, images, labels = make_net().cuda(), batch[0].cuda(), batch[1].cuda()
     losses = []

@@ -53,7 +53,9 @@ class Maps:
         maps = self.of(features)
         if logits is None:
             return maps, []
-        return maps, names_behind(logits, {name: each for name, each in features.items() if maps[name] is each})
+        # A tensor that has hooks from a step before, as replayed CUDA graphs give, takes none for its new graph.
+        free = {name: each for name, each in features.items() if maps[name] is each and each._backward_hooks is None}
+        return maps, names_behind(logits, free)
 
     def _map_of(self, name: str, feature: Tensor) -> Tensor:
         view = self.view_of(name, feature)

@@ -69,7 +69,7 @@ class Recorder:
         self._watched = False
         self._handles: list[RemovableHandle] = []
         self._names: tuple[str, ...] = ()
-        self._result: tuple[weakref.ref[Tensor], weakref.ref[object], Any] | None = None
+        self._result: tuple[weakref.ref[Tensor], weakref.ref[object], Any, Any] | None = None
         self._witness: weakref.ref[_Witness] | None = None
         self._witness_of_unused: weakref.ref[_Witness] | None = None
 
@@ -244,10 +244,10 @@ class Recorder:
             self.abort()
             return None
         self._note_silence()
-        features, unused = self.features, self.unused
+        features, own, unused = self.features, _nodes_of(self.features.values()), _nodes_of(self.unused)
         self.abort()
         self._unused_in_a_row, self._used = 0, True
-        return features if computed_from(logits, _nodes_of(features.values()), _nodes_of(unused)) else None
+        return features if computed_from(logits, own, unused - own) else None  # replayed graphs give the same tensors
 
     def keep_result(self, logits: Tensor, user: object, result: Any) -> None:
         """Keep what was made of the features until the logits are gone or the next forward begins."""
@@ -258,13 +258,14 @@ class Recorder:
             if owner is not None and owner._result is not None and owner._result[0] is reference:
                 owner._result = None
 
-        self._result = weakref.ref(logits, forget), weakref.ref(user), result
+        self._result = weakref.ref(logits, forget), weakref.ref(user), result, witness_of(logits)
 
     def result_again(self, logits: Tensor, user: object) -> Any:
         """Return what the same user made of the features, if these very logits come again; else None."""
         if self._result is None or self._result[0]() is not logits or self._result[1]() is not user:
             return None
-        return self._result[2]
+        # Replayed CUDA graphs give one tensor in every forward, each time with another graph.
+        return self._result[2] if self._result[3] is witness_of(logits, known=True) else None
 
     def __getstate__(self) -> dict[str, Any]:
         # Features belong to one autograd graph: they can neither be copied nor pickled, and a copy has no use for them.
@@ -275,6 +276,14 @@ class Recorder:
 
 class _Witness:
     """Put into the metadata of an autograd node, it lives as long as the node."""
+
+
+def witness_of(tensor: Tensor, known: bool = False) -> Any:
+    """Return what tells the autograd node that made a tensor from any other; None if it has none, or is not `known`."""
+    if tensor.grad_fn is None:
+        return None
+    metadata: dict[Any, Any] = tensor.grad_fn.metadata
+    return metadata.get(_Witness) if known else metadata.setdefault(_Witness, _Witness())
 
 
 def _nodes_of(features: Iterable[Any]) -> set[Any]:
