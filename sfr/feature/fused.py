@@ -128,13 +128,13 @@ class _Spread(NamedTuple):
 
     Args:
         start: where the set starts among all nodes, (B, N, C).
-        sizes: C, H and W of the map, and of the grid.
+        sizes: C, H * W, H and W of the map, and both axes of the grid.
         windows: along each axis, that may hold a position of the map.
         blocks: programs of a launch.
     """
 
     start: int
-    sizes: tuple[int, int, int, int, int]
+    sizes: tuple[int, ...]
     windows: int
     blocks: tuple[int, int, int]
 
@@ -154,15 +154,24 @@ class _Cells(NamedTuple):
 
     def added_to(self, gradient: Tensor | None) -> Tensor:
         """Return the gradient of the map, a new tensor: that of its nodes, plus the one given."""
-        spread = self.spread
-        result = torch.empty_like(self.feature_map if gradient is None else gradient)
-        given = result if gradient is None else gradient
-        strides = (*_of_axes(given.stride(), 0), *_of_axes(result.stride(), 0))
+        spread, given = self.spread, self.feature_map if gradient is None else gradient
+        if _of_position(given) is None:
+            given = given.contiguous()
+        result = torch.empty_like(given)
+        strides = [each for tensor in (given, result) for each in (*tensor.stride()[:2], _of_position(tensor))]
         join_kernel[spread.blocks](
             given, self.of_nodes[spread.start :], result, *spread.sizes, *strides, GIVEN=gradient is not None,
             WINDOWS=spread.windows, BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P, **OPTIONS,
         )  # fmt: skip
         return result
+
+
+def _of_position(feature_map: Tensor) -> int | None:
+    """Return the stride from one position of a map (B, C, *spatial) to the next, row by row; None if it has none."""
+    strides = [stride for size, stride in zip(feature_map.shape[2:], feature_map.stride()[2:], strict=True) if size > 1]
+    if not strides:
+        return 0
+    return strides[-1] if len(strides) == 1 or strides[0] == feature_map.shape[-1] * strides[-1] else None
 
 
 def _of_axes(values: Sequence[int], missing: int) -> tuple[int, int, int, int]:
@@ -271,7 +280,7 @@ def _spread(row: Sequence[int], images: int) -> _Spread:
     channels, height, width, *grid = row[2:7]
     windows = 1 if height % grid[0] == width % grid[1] == 0 else 2
     blocks = (-(-height * width // BLOCK_P), -(-channels // BLOCK_C), images)
-    return _Spread(row[1], (channels, height, width, grid[0], grid[1]), windows, blocks)
+    return _Spread(row[1], (channels, height * width, height, width, *grid), windows, blocks)
 
 
 def _next_pair(pairs: Sequence[tuple[int, int]], shallow: int, start: int) -> int:

@@ -185,8 +185,8 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def join_kernel(  # type: ignore[no-untyped-def]
-    gradient_ptr, cells_ptr, result_ptr, channels, height, width, grid_height, grid_width, of_image, of_channel, of_row,
-    of_column, to_image, to_channel, to_row, to_column, GIVEN: tl.constexpr, WINDOWS: tl.constexpr,
+    gradient_ptr, cells_ptr, result_ptr, channels, positions, height, width, grid_height, grid_width, of_image,
+    of_channel, of_position, to_image, to_channel, to_position, GIVEN: tl.constexpr, WINDOWS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a map from that of its cells (B, N, C), plus the one it has already, if there is one.
@@ -197,10 +197,10 @@ def join_kernel(  # type: ignore[no-untyped-def]
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     image = tl.program_id(2).to(tl.int64)
     y, x = p // width, p % width
-    inside = (c < channels)[:, None] & (p < height * width)[None, :]
+    inside = (c < channels)[:, None] & (p < positions)[None, :]
     total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     if GIVEN:
-        offsets = image * of_image + c[:, None] * of_channel + (y * of_row + x * of_column)[None, :]
+        offsets = image * of_image + c[:, None] * of_channel + p[None, :] * of_position
         total += tl.load(gradient_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     for down in tl.static_range(WINDOWS):
         for right in tl.static_range(WINDOWS):
@@ -213,7 +213,7 @@ def join_kernel(  # type: ignore[no-untyped-def]
                 tl.float32
             )
             total += found / ((bottom - top) * (end - left))[None, :]
-    offsets = image * to_image + c[:, None] * to_channel + (y * to_row + x * to_column)[None, :]
+    offsets = image * to_image + c[:, None] * to_channel + p[None, :] * to_position
     tl.store(result_ptr + offsets, total, mask=inside)
 
 

@@ -282,7 +282,7 @@ def witness_of(tensor: Tensor, known: bool = False) -> Any:
     """Return what tells the autograd node that made a tensor from any other; None if it has none, or is not `known`."""
     if tensor.grad_fn is None:
         return None
-    metadata: dict[Any, Any] = tensor.grad_fn.metadata
+    metadata: Any = tensor.grad_fn.metadata  # PyTorch types the property as a method
     return metadata.get(_Witness) if known else metadata.setdefault(_Witness, _Witness())
 
 

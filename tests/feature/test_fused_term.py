@@ -94,6 +94,18 @@ def test_values_and_gradients_are_those_of_pytorchs_operations(shapes: Any, max_
         torch.testing.assert_close(of_joined, of_plain, rtol=1e-4, atol=1e-6)
 
 
+def test_the_gradient_of_a_map_may_lie_in_memory_in_any_order() -> None:
+    shallow, deep = leaves((4, 4, 6), (8, 2, 2))
+    maps = {"0": shallow * 1.5, "1": deep * 1.5}
+    expected, joined = terms_of(maps, 2, kernels=False), terms_of(maps, 2, joining=["0"])
+    turned = maps["0"].transpose(2, 3).contiguous()
+    own, plain = (
+        torch.autograd.grad(each.by_image.sum() + turned.sin().sum(), shallow, retain_graph=True)[0]
+        for each in (joined, expected)
+    )
+    torch.testing.assert_close(own, plain, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_image_that_is_not_finite_counts_for_nothing(value: float) -> None:
     shallow, deep = leaves((4, 4, 4), (6, 2, 2))
