@@ -44,11 +44,14 @@ if [ -n "$tiny" ]; then
     repeats=(--repeats 1 --train-steps 1) solvers=(--quick --batch-size 2 --repeats 1 --budget 0.01 --limit 0.02)
     accuracy=(--schedule smoke --model resnet8 --seeds 0) flow=(--plan tiny --arms layersync --seeds 0)
 fi
-cost=(python -m benchmarks.step_cost.overhead --device "$device" --precision "$precision" --channels-last "${repeats[@]}")
-part correctness tests.xml python -m pytest -p no:cacheprovider -n 4 --junit-xml @FILE "${tests[@]}"
+first=(python -m benchmarks.step_cost.overhead --device "$device" --precision "$precision" "${repeats[@]}")
+cost=("${first[@]}" --channels-last)
+part correctness tests.xml python -m pytest -p no:cacheprovider -p no:benchmark -n 4 --junit-xml @FILE "${tests[@]}"
 part "a step of ResNet-18" step-resnet18.json "${cost[@]}" --models "${small[@]}" --output @FILE
 part "a step of ResNet-50 and a ViT" step-large.json "${cost[@]}" --models "${large[@]}" --output @FILE
 part "replayed steps" step-replayed.json "${cost[@]}" --graph --models "${small[@]}" "${large[@]}" --output @FILE
+part "the same, channels first" step-channels-first.json "${first[@]}" --graph --models "${small[@]}" "${large[0]}" \
+    --output @FILE
 part "compiled steps" step-compiled.json "${cost[@]}" --compile --models "${small[@]}" --output @FILE
 part solvers transport.json python -m benchmarks.transport --device "$device" "${solvers[@]}" \
     --output @FILE --plot "$out/transport.png"

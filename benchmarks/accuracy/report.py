@@ -62,6 +62,7 @@ SITUATIONS = {
     ("tenth", "resnet20", "cifar100", "held-out"): "the same, 32 px, 100 epochs",
     ("noise40-500", "resnet20", "cifar10", "held-out"): "ResNet-20, 10 % of CIFAR-10's labels, 40 % of them wrong",
     ("full-30-16px", "resnet20", "cifar100", "held-out"): "ResNet-20, all of CIFAR-100, 16 px, 30 epochs",
+    ("full-30", "resnet18", "cifar100", "test"): "ResNet-18, the same, 32 px",
     ("vit", "vit-small-images", "cifar10", "held-out"): "small ViT, 4 % of CIFAR-10's labels",
     ("fine-tune-20", "efficientnet-lite0", "flowers", "test"): "EfficientNet-Lite0 from ImageNet, 100 flowers",
     ("fine-tune-20", "efficientnet-lite0", "elpv", "test"): "the same, 40 solar cells",

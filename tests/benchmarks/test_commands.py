@@ -67,7 +67,7 @@ def test_the_script_of_the_gpu_runs_commands_that_there_are(tmp_path, monkeypatc
     assert all((ROOT / each).exists() for each in tests.split() if each.startswith("tests/"))
     for call in calls:
         check(call, monkeypatch)
-    assert len(calls) == (7 if arguments else 5)
+    assert len(calls) == (8 if arguments else 6)
     assert not arguments or ("--plan tiny" in calls[-1]) != (f"--data-dir {tmp_path}/data" in calls[-1])
     assert all(f"{tmp_path}/data" in call for call in calls if "accuracy " in call)
 
@@ -76,7 +76,7 @@ def test_the_script_of_the_gpu_keeps_what_is_done_and_ends_at_its_budget(tmp_pat
     (tmp_path / "results").mkdir()
     (tmp_path / "results/tests.xml").touch()
     (tmp_path / "results/step-large.json").touch()
-    assert len(of_the_gpu(tmp_path).splitlines()) == 4
+    assert len(of_the_gpu(tmp_path).splitlines()) == 5
     assert of_the_gpu(tmp_path, "--minutes", "0") == ""
 
 
