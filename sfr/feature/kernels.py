@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 # Columns of the tables of numbers that the kernels read, a row for each set of nodes and for each pair.
-# Map, start, C, H, W, grid H, grid W, N, strides of B, C, H, W, and the first pair that it is the shallow side of.
+# Map, start, C, H, W, grid H, grid W, N, strides of B, C, H, W, the first pair that it is the shallow side of, and, in
+# the table of the pooling kernel, which has a row for each block of channels, the first of these.
 SET_WIDTH = tl.constexpr(16)
 # Start, C, segments and taps of the shallow side, and of the deep one, matched width, N, M, place of the costs, and the
 # next pair of the same shallow side.
@@ -18,26 +19,25 @@ SHORTEST = tl.constexpr(1e-6)  # squared: see sfr.feature.directions
 
 @triton.jit
 def pool_kernel(  # type: ignore[no-untyped-def]
-    map_0, map_1, map_2, map_3, map_4, map_5, map_6, map_7, sets_ptr, nodes_ptr, LAST: tl.constexpr,
+    map_0, map_1, map_2, map_3, map_4, map_5, map_6, map_7, blocks_ptr, nodes_ptr, LAST: tl.constexpr,
     ALIGNED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Average-pool: program (cell and block of channels, image, set of nodes) writes some channels of one node.
+    """Average-pool: program (cell, image, block of channels of a set of nodes) writes some channels of one node.
 
     Args:
         LAST: whether neighbouring channels of all maps are neighbours in memory.
         ALIGNED: what all channels, and strides but those of single channels, are multiples of.
     """
-    row = sets_ptr + tl.program_id(2) * SET_WIDTH
+    row = blocks_ptr + tl.program_id(2) * SET_WIDTH
     image = tl.program_id(1).to(tl.int64)
     which, start, channels = tl.load(row), tl.load(row + 1), tl.multiple_of(tl.load(row + 2), ALIGNED)
     height, width, grid_height, grid_width = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
-    blocks = tl.cdiv(channels, BLOCK_C)
-    cell = tl.program_id(0) // blocks
+    cell = tl.program_id(0)
     if cell < grid_height * grid_width:
         top, bottom = window(cell // grid_width, grid_height, height)
         left, right = window(cell % grid_width, grid_width, width)
         size = (bottom - top) * (right - left)
-        c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+        c = tl.multiple_of(tl.load(row + 13), BLOCK_C) + tl.arange(0, BLOCK_C)
         of_image, of_channel = tl.multiple_of(tl.load(row + 8), ALIGNED), tl.load(row + 9)
         of_row, of_column = tl.multiple_of(tl.load(row + 10), ALIGNED), tl.multiple_of(tl.load(row + 11), ALIGNED)
         total = tl.zeros((BLOCK_C,), tl.float32)
