@@ -87,7 +87,7 @@ def cosine_distances(
         return None
     values, finite, gradients = map(torch.from_numpy, found)
     supervised = {shallow for shallow, _ in pairs}
-    given = [each if i in supervised else each.detach() for i, each in enumerate(nodes)]
+    given = [each if i in supervised else together[i, :, :, : widths[i]].clone() for i, each in enumerate(nodes)]
     return _WithGradient.apply(pairs, otherwise, values, gradients, *given), finite
 
 
