@@ -21,17 +21,21 @@ UP_TO = 2**22  # products between the nodes of one problem, beyond which nothing
 THREADED_FROM = 2**24  # products in the whole batch
 
 
-def _load() -> Callable[[Floats, Sequence[int], Pairs], tuple[Floats, Booleans, Floats]]:
+def _load() -> Callable[[Sequence[Floats], Pairs], tuple[Floats, Booleans, Floats]]:
     from sfr.feature.cosine_kernel import load
 
     kernel = exact.loaded(load)
 
-    def compared(nodes: Floats, widths: Sequence[int], pairs: Pairs) -> tuple[Floats, Booleans, Floats]:
-        _, images, size, _ = nodes.shape
+    def compared(sets: Sequence[Floats], pairs: Pairs) -> tuple[Floats, Booleans, Floats]:
+        images, size, _ = sets[0].shape
+        widths, starts = [each.shape[2] for each in sets], np.cumsum([0, *(each.size for each in sets)])
+        nodes = np.empty(starts[-1], np.float32)
+        for start, each in zip(starts, sets, strict=False):
+            nodes[start : start + each.size].reshape(each.shape)[:] = each
         of_pairs = [min(widths[shallow], widths[deep]) for shallow, deep in pairs]
         values, finite = np.empty((len(pairs), images), np.float32), np.empty((len(pairs), images), np.bool_)
         gradients = np.empty((len(pairs), images, size, max(of_pairs)), np.float32)
-        given = nodes, np.array(widths, np.int64), np.array(pairs, np.int64)
+        given = nodes, starts, np.array(widths, np.int64), np.array(pairs, np.int64)
         threads = torch.get_num_threads() if images * size**2 * sum(of_pairs) >= THREADED_FROM else 1
         exact.in_threads(lambda part: kernel(*given, part.start, part.stop, values, finite, gradients), images, threads)
         return values, finite, gradients
@@ -77,17 +81,13 @@ def cosine_distances(
         pairs: numbers of the shallow and the deep set of each pair, of which one width divides the other.
         otherwise: computes the values by PyTorch's operations, for a gradient that is to be differentiated itself.
     """
-    widths = [each.shape[2] for each in nodes]
-    together = torch.empty((len(nodes), *nodes[0].shape[:2], max(widths)), dtype=torch.float32, device="cpu")
-    for i, each in enumerate(nodes):
-        together[i, :, :, : widths[i]] = each.detach()
-    found = compiled_distances(together.numpy(), widths, pairs)
+    found = compiled_distances([each.detach().numpy() for each in nodes], pairs)
     if found is None:
         exact.compiled_assignment.given_up = True  # or it would warn of the same
         return None
     values, finite, gradients = map(torch.from_numpy, found)
     supervised = {shallow for shallow, _ in pairs}
-    given = [each if i in supervised else together[i, :, :, : widths[i]].clone() for i, each in enumerate(nodes)]
+    given = [each if i in supervised else each.detach().clone() for i, each in enumerate(nodes)]
     return _WithGradient.apply(pairs, otherwise, values, gradients, *given), finite
 
 

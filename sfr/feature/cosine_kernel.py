@@ -23,6 +23,7 @@ SHORTEST = np.float32(1e-6)  # of the mean square length: shorter nodes count le
 @njit(**OPTIONS)
 def cosine_distances(
     nodes: Floats,
+    starts: Longs,
     widths: Longs,
     pairs: Longs,
     first: int,
@@ -37,8 +38,9 @@ def cosine_distances(
     feature that is not finite gets zeros. The GIL is released.
 
     Args:
-        nodes: S sets of nodes, contiguous, shape (S, B, N, C).
-        widths: channels that each set has, at most C, shape (S,).
+        nodes: S sets of nodes one behind the other, each (B, N, C) with a C of its own, 1-d.
+        starts: where each set starts, shape (S,).
+        widths: channels that each set has, shape (S,).
         pairs: numbers of the shallow and the deep set of each pair, of which one width divides the other, shape (P, 2).
         first, end: the images to be done.
         values: result, shape (P, B).
@@ -58,8 +60,10 @@ def cosine_distances(
         for pair in range(len(pairs)):
             shallow, deep = pairs[pair, 0], pairs[pair, 1]
             width = min(widths[shallow], widths[deep])
-            sound = directions(nodes[shallow, image], widths[shallow] // width, width, own, own_scale)
-            sound = sound and directions(nodes[deep, image], widths[deep] // width, width, other, other_scale)
+            own_nodes = of_image(nodes, starts[shallow], image, size, widths[shallow])
+            sound = directions(own_nodes, widths[shallow] // width, width, own, own_scale)
+            other_nodes = of_image(nodes, starts[deep], image, size, widths[deep])
+            sound = sound and directions(other_nodes, widths[deep] // width, width, other, other_scale)
             if sound:
                 half_squares(own, other, width, cost)
                 sound = match(cost, prices, column, scaled, distance, final, open_prices, rows, previous, owned) != 0
@@ -74,6 +78,13 @@ def cosine_distances(
                     for c in range(width):
                         gradients[pair, image, p, c] = ZERO
             values[pair, image] = total * share
+
+
+@compiled
+def of_image(nodes: Floats, start: int, image: int, size: int, width: int) -> Any:
+    """Return the nodes (N, C) of one image of the set that starts there."""
+    first = start + image * size * width
+    return nodes[first : first + size * width].reshape((size, width))
 
 
 @compiled
@@ -189,8 +200,9 @@ def load(*, cached: bool) -> Callable[..., None]:
 
 def _tried_on_two_nodes(kernel: Callable[..., None]) -> list[Any]:
     """Return what is found of the nodes (1, 0) and (0, 1), and a deep side that has the second twice."""
-    nodes = np.array([[[[1, 0], [0, 1]]], [[[0, 1], [0, 1]]]], np.float32)
-    widths, pairs = np.array([2, 2]), np.array([[0, 1]])
-    values, finite, gradients = np.empty((1, 1), np.float32), np.empty((1, 1), np.bool_), np.empty_like(nodes[:1])
-    kernel(nodes, widths, pairs, 0, 1, values, finite, gradients)
+    nodes = np.array([1, 0, 0, 1, 0, 1, 0, 1], np.float32)
+    starts, widths, pairs = np.array([0, 4]), np.array([2, 2]), np.array([[0, 1]])
+    values, finite = np.empty((1, 1), np.float32), np.empty((1, 1), np.bool_)
+    gradients = np.empty((1, 1, 2, 2), np.float32)
+    kernel(nodes, starts, widths, pairs, 0, 1, values, finite, gradients)
     return [float(values[0, 0]), bool(finite[0, 0]), gradients[0, 0].tolist()]
