@@ -24,7 +24,9 @@ OPTIONS: dict[str, Any] = {
     "error_model": "numpy",
     "fastmath": {"nnan", "nsz", "reassoc", "contract"},
 }
-INNER = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+# Inlined: else the process that compiles would call what it compiled for them alone, which may round otherwise than
+# their copies in the cache, and later processes would not repeat its results.
+INNER = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True}
 compiled = njit(**INNER)
 
 

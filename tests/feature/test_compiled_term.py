@@ -1,7 +1,11 @@
 """The feature term of all pairs by one call on the CPU gives what PyTorch's operations give pair by pair."""
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -265,3 +269,25 @@ def test_a_deep_map_may_change_before_the_backward_pass() -> None:
     maps["1"].detach().add_(1)
     (gradient,) = torch.autograd.grad(values, maps["0"])
     assert torch.equal(gradient, expected)
+
+
+OF_A_STEP = """
+import hashlib, torch
+from sfr.feature.term import feature_terms
+torch.manual_seed(0)
+maps = {str(i): torch.randn(8, c, s, s).requires_grad_() for i, (c, s) in enumerate([(16, 16), (32, 8), (64, 4)])}
+feature_terms(maps).by_image.sum().backward()
+print(hashlib.sha1(b"".join(maps[name].grad.numpy().tobytes() for name in "01")).hexdigest())
+"""
+
+
+def test_the_process_that_compiles_finds_what_the_later_ones_find(tmp_path: Path) -> None:
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", OF_A_STEP], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(2)
+    ]
+    assert list(tmp_path.rglob("*.nbc"))  # which the second one read
+    assert found[0] == found[1]
