@@ -192,6 +192,7 @@ PLANS = {
         Round("tenth-16px", "test", range(5), (FEW_LABELS,)),
         Round("noise20-16px", "test", range(3), MAIN),
         Round("noise40-16px", "test", range(3), MAIN),
+        Round("noise40-16px", "test", range(3), ("elr", NOISY_LABELS)),
         Round("full-30-16px", "test", range(3), MAIN),
         Round("noise20-16px", "test", (0,), comparable(PEERS, 16)),
         Round("noise40-16px", "test", (0,), comparable(PEERS, 16)),
