@@ -69,7 +69,7 @@ class Recorder:
         self._watched = False
         self._handles: list[RemovableHandle] = []
         self._names: tuple[str, ...] = ()
-        self._result: tuple[weakref.ref[Tensor], weakref.ref[object], Any, Any] | None = None
+        self._result: tuple[weakref.ref[Tensor], weakref.ref[object], Any] | None = None
         self._witness: weakref.ref[_Witness] | None = None
         self._witness_of_unused: weakref.ref[_Witness] | None = None
 
@@ -98,12 +98,12 @@ class Recorder:
             if not self._excused and (self._let_go or any(each.requires_grad for each in self.features.values())):
                 self._note_unused()
             self._excused = self._let_go = False
-            self._result = None
             self.unused = list(_nodes_of(self.features.values()))
             self._witness_of_unused, self._witness = self._witness, None
         else:
             self.unused = list(self.features.values())
         self.features, self.output_shape = {}, None
+        self._result = None  # also of a compiled forward: replayed CUDA graphs give one tensor in every forward
         self._recording, self._recorded, self._watched = True, False, False
         self._without_gradient = {}
 
@@ -258,14 +258,13 @@ class Recorder:
             if owner is not None and owner._result is not None and owner._result[0] is reference:
                 owner._result = None
 
-        self._result = weakref.ref(logits, forget), weakref.ref(user), result, witness_of(logits)
+        self._result = weakref.ref(logits, forget), weakref.ref(user), result
 
     def result_again(self, logits: Tensor, user: object) -> Any:
         """Return what the same user made of the features, if these very logits come again; else None."""
         if self._result is None or self._result[0]() is not logits or self._result[1]() is not user:
             return None
-        # Replayed CUDA graphs give one tensor in every forward, each time with another graph.
-        return self._result[2] if self._result[3] is witness_of(logits, known=True) else None
+        return self._result[2]
 
     def __getstate__(self) -> dict[str, Any]:
         # Features belong to one autograd graph: they can neither be copied nor pickled, and a copy has no use for them.
@@ -276,14 +275,6 @@ class Recorder:
 
 class _Witness:
     """Put into the metadata of an autograd node, it lives as long as the node."""
-
-
-def witness_of(tensor: Tensor, known: bool = False) -> Any:
-    """Return what tells the autograd node that made a tensor from any other; None if it has none, or is not `known`."""
-    if tensor.grad_fn is None:
-        return None
-    metadata: Any = tensor.grad_fn.metadata  # PyTorch types the property as a method
-    return metadata.get(_Witness) if known else metadata.setdefault(_Witness, _Witness())
 
 
 def _nodes_of(features: Iterable[Any]) -> set[Any]:
