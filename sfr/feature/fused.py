@@ -38,7 +38,7 @@ def fused_values(
     """
     layout = tuple((tuple(each.shape), each.stride()) for each in maps)
     tables = tables_of(layout, sets, pairs, maps[0].device, BLOCK_C, BLOCK_P)
-    run = _Run(tables, pairs, otherwise, {i: [] for i in tables.supervised if i in joining})
+    run = _Run(tables, pairs, otherwise, {i: [] for i, _ in tables.spreads if i in joining})
     with torch.cuda.device_of(maps[0]):  # Triton launches on the current device, whatever it is given
         values, finite = _FusedValues.apply(run, *maps)
     if values.requires_grad:

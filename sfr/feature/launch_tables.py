@@ -54,7 +54,6 @@ class Tables:
         blocks, pairs: the same of each block of channels of a set, and of each pair.
         groups: the pairs of one size each.
         spreads: of each set that is a shallow side the number of its map, and how its gradient is spread.
-        supervised: numbers of the maps of those sets.
         nodes, costs: numbers in all.
         block: nodes that a program takes, a power of two.
         last, aligned: see :func:`sfr.feature.kernels.pool_kernel`.
@@ -67,7 +66,6 @@ class Tables:
     pairs: Tensor
     groups: tuple[Group, ...]
     spreads: tuple[tuple[int, Spread], ...]
-    supervised: frozenset[int]
     nodes: int
     costs: int
     block: int
@@ -127,7 +125,7 @@ def tables_of(
     window = max(-(-row[3] // row[5]) * -(-row[4] // row[6]) for row in set_rows)
     channels_and_strides = [number for row in set_rows for number in (row[2], row[8], *row[10:12])]
     return Tables(
-        of_sets, of_blocks, of_pairs, tuple(groups), spreads, frozenset(of_map for of_map, _ in spreads), start, cost,
+        of_sets, of_blocks, of_pairs, tuple(groups), spreads, start, cost,
         block=max(16, triton.next_power_of_2(cells)),
         last=all(row[9] == 1 or row[2] == 1 for row in set_rows),
         aligned=math.gcd(MOST_ALIGNED, *channels_and_strides),
