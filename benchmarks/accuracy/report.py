@@ -43,6 +43,7 @@ from benchmarks.accuracy.repeated import repeated
 from benchmarks.common.paired import differences, spread, with_error
 from benchmarks.common.paths import DOCS, README, ROOT
 from benchmarks.common.tables import markdown_table, page_with
+from benchmarks.segmentation.page import miou_by_arm
 
 PAGE = DOCS / "accuracy.md"
 PLOT = DOCS / "accuracy-cost.png"
@@ -67,10 +68,12 @@ SITUATIONS = {
     ("fine-tune-20", "efficientnet-lite0", "flowers", "test"): "EfficientNet-Lite0 from ImageNet, 100 flowers",
     ("fine-tune-20", "efficientnet-lite0", "elpv", "test"): "the same, 40 solar cells",
 }
+# Cells of the segmentation benchmark, by model.
+DENSE = {"unet": "U-Net, CamVid, mean IoU", "lraspp": "LR-ASPP, the same"}
 SUMMED = {"two lines": (OURS,), "its preset": (FEW_LABELS, NOISY_LABELS), "without the gate": (UNGATED,)}
 SUMMARY = """\
 Gain over plain training in points of accuracy at the last epoch: mean ± standard error (number of seeds), paired by
-seed. `python -m benchmarks.accuracy` with the schedule repeats it."""
+seed. `python -m benchmarks.accuracy` with the schedule repeats it, `python -m benchmarks.segmentation` the last two."""
 
 LEGEND = """\
 Accuracy in % at the last epoch, mean ± standard deviation over the seeds. "Against vanilla" is the difference in points
@@ -111,7 +114,7 @@ def parse_arguments() -> argparse.Namespace:
 def pages(groups: Sequence[Group]) -> dict[Path, str]:
     """Return the pages with their generated parts anew."""
     return {
-        README: page_with(README, readme_part(groups), BEGIN, END),
+        README: page_with(README, readme_part(groups, {model: miou_by_arm(model) for model in DENSE}), BEGIN, END),
         PAGE: page_with(PAGE, page_part(groups), BEGIN, END),
     }
 
@@ -139,9 +142,10 @@ def panels(groups: Iterable[Group]) -> dict[str, list[Point]]:
     return {group.title: points(group) for group in main_groups(groups) if points(group)}
 
 
-def readme_part(groups: Sequence[Group]) -> str:
-    """Return one row for each situation that has cells."""
+def readme_part(groups: Sequence[Group], dense: Mapping[str, Mapping[str, Scores]]) -> str:
+    """Return one row for each situation that has cells; `dense` has the scores of segmentation by model and arm."""
     rows = [row for key, words in SITUATIONS.items() for row in situation(groups, key, words)]
+    rows += [summed(DENSE[model], arms, "(test)") for model, arms in dense.items() if BASE in arms]
     heads = ["trained", "plain, %", *SUMMED, "`--schedule`"]
     return f"{SUMMARY}\n\n{markdown_table(heads, rows)}" if rows else NOTHING_YET
 
@@ -150,12 +154,17 @@ def situation(groups: Iterable[Group], key: tuple[str, str, str, str], words: st
     """Return the row of the group with this schedule, model, data set and part, if it is there."""
     for group in groups:
         if tuple(group.cell[name] for name in ("schedule", "model", "dataset", "part")) == key and BASE in group.arms:
-            base = group.scores(BASE)
-            shown = [next((arm for arm in arms if arm in group.arms), None) for arms in SUMMED.values()]
-            found = [differences(group.scores(arm), base) if arm else [] for arm in shown]
-            gains = [f"{with_error(paired)} ({len(paired)})" if paired else "" for paired in found]
-            return [[words, f"{100 * mean(base.values()):.1f}", *gains, f"`{key[0]}` ({key[3]})"]]
+            return [summed(words, {arm: group.scores(arm) for arm in group.arms}, f"`{key[0]}` ({key[3]})")]
     return []
+
+
+def summed(words: str, scores: Mapping[str, Scores], schedule: str) -> list[str]:
+    """Return a row of the README, from the scores by arm and seed."""
+    base = scores[BASE]
+    shown = [next((arm for arm in arms if arm in scores), None) for arms in SUMMED.values()]
+    found = [differences(scores[arm], base) if arm else [] for arm in shown]
+    gains = [f"{with_error(paired)} ({len(paired)})" if paired else "" for paired in found]
+    return [words, f"{100 * mean(base.values()):.1f}", *gains, schedule]
 
 
 def page_part(groups: Sequence[Group]) -> str:

@@ -18,11 +18,21 @@ HEADS = ["arm", "seeds", "mIoU, %", "against vanilla", "pixels right, %", "mIoU 
 
 def write_page() -> None:
     """Write the page's tables anew."""
-    records = [json.loads(file.read_text()) for file in CELLS.glob("*/*.json")]
-    records.sort(key=lambda record: (kind(record), record["arm"] != "vanilla", record["arm"], record["seed"]))
-    parts = [section(list(own)) for _, own in groupby(records, key=kind)]
+    parts = [section(list(own)) for _, own in groupby(read_cells(), key=kind)]
     PAGE.write_text(page_with(PAGE, "\n\n".join(parts) or "No cell has been run.", MARK))
     print(f"wrote {PAGE}")
+
+
+def read_cells() -> list[Record]:
+    """Return all cells, those that are compared next to each other, vanilla first."""
+    records: list[Record] = [json.loads(file.read_text()) for file in CELLS.glob("*/*.json")]
+    return sorted(records, key=lambda record: (kind(record), record["arm"] != "vanilla", record["arm"], record["seed"]))
+
+
+def miou_by_arm(model: str, plan: str = "cpu", part: str = "test") -> dict[str, dict[int, float]]:
+    """Return the mean IoU of a model's cells, by arm and seed."""
+    own = [each for each in read_cells() if (each["part"], each["model"], each["plan"]) == (part, model, plan)]
+    return {arm: miou(results) for arm, results in results_by_arm(own).items()}
 
 
 def kind(record: Record) -> tuple[str, ...]:
@@ -46,10 +56,7 @@ def section(records: list[Record]) -> str:
 
 
 def rows(records: list[Record]) -> list[list[str]]:
-    by_arm = {
-        arm: {record["seed"]: record["result"] for record in own}
-        for arm, own in groupby(records, key=lambda record: str(record["arm"]))
-    }
+    by_arm = results_by_arm(records)
     plain = miou(by_arm.get("vanilla", {}))
     return [
         [
@@ -62,6 +69,12 @@ def rows(records: list[Record]) -> list[list[str]]:
         ]
         for arm, own in by_arm.items()
     ]
+
+
+def results_by_arm(records: list[Record]) -> dict[str, dict[int, Record]]:
+    """Return the results of cells of one kind, by arm and seed."""
+    arms = groupby(records, key=lambda record: str(record["arm"]))
+    return {arm: {record["seed"]: record["result"] for record in own} for arm, own in arms}
 
 
 def miou(results: dict[int, Record]) -> dict[int, float]:

@@ -236,11 +236,13 @@ def test_the_readme_has_a_row_for_each_situation_with_paired_gains_and_their_see
         record("vanilla", 0, 0.5, schedule="no situation"),
         record("sfr", 0, 0.5, schedule="few-16px", part="held-out"),  # without vanilla there is no gain
     ]
-    lines = report.readme_part(read(*cells)).splitlines()
+    dense = {"lraspp": {"vanilla": {0: 0.35}, "sfr": {0: 0.36}}, "unet": {"sfr": {0: 0.4}}}
+    lines = report.readme_part(read(*cells), dense).splitlines()
     words = report.SITUATIONS["tenth-16px", "resnet20", "cifar100", "test"]
-    assert lines[-1] == f"| {words} | 32.0 | +2.00 ± 1.00 (2) | +6.00 (1) |  | `tenth-16px` (test) |"
-    assert sum(line.startswith("| ") for line in lines) == 3  # with the head
-    assert report.readme_part([]) == report.NOTHING_YET
+    assert lines[-2] == f"| {words} | 32.0 | +2.00 ± 1.00 (2) | +6.00 (1) |  | `tenth-16px` (test) |"
+    assert lines[-1] == f"| {report.DENSE['lraspp']} | 35.0 | +1.00 (1) |  |  | (test) |"
+    assert sum(line.startswith("| ") for line in lines) == 4  # with the head
+    assert report.readme_part([], {}) == report.NOTHING_YET
 
 
 def test_fine_tuning_has_a_table_of_its_own_arms_and_misses_no_peer_that_does_not_belong_there(read):
@@ -347,6 +349,7 @@ def test_check_names_the_page_that_is_out_of_date_and_writes_nothing(tmp_path, m
     monkeypatch.setattr(report, "README", fresh)
     monkeypatch.setattr(report, "PAGE", stale)
     monkeypatch.setattr(report, "CELLS", tmp_path / "none")
+    monkeypatch.setattr(report, "DENSE", {})
     monkeypatch.setattr("sys.argv", ["report.py", "--check"])
     with pytest.raises(SystemExit, match=r"out of date: stale\.md;"):
         report.main()
