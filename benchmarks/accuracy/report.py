@@ -62,6 +62,7 @@ SITUATIONS = {
     ("few-16px", "resnet20", "cifar100", "held-out"): "the same, 60 epochs",
     ("tenth", "resnet20", "cifar100", "held-out"): "the same, 32 px, 100 epochs",
     ("noise40-500", "resnet20", "cifar10", "held-out"): "ResNet-20, 10 % of CIFAR-10's labels, 40 % of them wrong",
+    ("noise40-16px", "resnet20", "cifar100", "test"): "20 % of CIFAR-100's labels likewise",
     ("full-30-16px", "resnet20", "cifar100", "held-out"): "ResNet-20, all of CIFAR-100, 16 px, 30 epochs",
     ("full-30", "resnet18", "cifar100", "test"): "ResNet-18, the same, 32 px",
     ("vit", "vit-small-images", "cifar10", "held-out"): "small ViT, 4 % of CIFAR-10's labels",
