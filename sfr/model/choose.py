@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -24,10 +25,11 @@ def choose(trace: Trace) -> dict[str, Sighting]:
     """Return the stages by name, in forward order.
 
     Candidates are outputs before the classifier that are one floating-point tensor for the whole batch, of a module
-    called once, and that lead to the logits as far as the autograd graph shows. The stages are
+    called once, and that lead to the logits as far as the autograd graph shows; if that gives fewer than two stages, to
+    the last tensor that the model returns, as one with early exits does. The stages are
 
-    1. in a model most of whose layers lie in blocks of one type at one resolution (transformers, mixers): the outputs
-       of those blocks, four evenly spaced in depth;
+    1. in a model most of whose layers lie in blocks of one type at one resolution, one behind another (transformers,
+       mixers): the outputs of those blocks, four evenly spaced in depth;
     2. else the last output at each resolution, down to the smallest;
     3. if that gives fewer than two: four blocks or, without blocks, four layers, evenly spaced in depth.
 
@@ -40,6 +42,20 @@ def choose(trace: Trace) -> dict[str, Sighting]:
     Raises:
         ValueError: if there are fewer than two stages.
     """
+    stages = _stages(trace)
+    if len(stages) < 2 and trace.last_node not in (None, trace.logits_node):
+        deepest = replace(trace, logits_shape=trace.last_shape, logits_node=trace.last_node)
+        stages = max(stages, _stages(deepest), key=len)
+    if len(stages) < 2:
+        raise ValueError(
+            f"found {len(stages)} stage(s) {_names(stages)} in {trace.model}, two are needed{_why_few(trace)}. "
+            f"{HOW_TO_NAME}"
+        )
+    return {stage.name: stage for stage in stages}
+
+
+def _stages(trace: Trace) -> list[Sighting]:
+    """Return the stages by the first rule that gives two of them; if none does, what the last one with any gave."""
     seen, body = _seen_and_body(trace)
     depth = _Depth(trace, body)
     layers = [sighting.name for sighting in seen if sighting.is_layer]
@@ -55,11 +71,8 @@ def choose(trace: Trace) -> dict[str, Sighting]:
     for rule in rules:
         stages = rule() or stages
         if len(stages) > 1:
-            return {stage.name: stage for stage in stages}
-    raise ValueError(
-        f"found {len(stages)} stage(s) {_names(stages)} in {trace.model}, two are needed{_why_few(trace)}. "
-        f"{HOW_TO_NAME}"
-    )
+            break
+    return stages
 
 
 def evenly(stages: list[Sighting]) -> list[Sighting]:
@@ -152,7 +165,7 @@ def _stable(trace: Trace, sightings: list[Sighting]) -> list[Sighting]:
 
 
 def _blocks(candidates: list[Sighting], layers: list[str]) -> list[Sighting]:
-    """Return the blocks of the type that holds most layers; none if they work at several resolutions."""
+    """Return the blocks of the type that holds most layers; none if at several resolutions, or side by side."""
     of_a_type: dict[type, list[Sighting]] = defaultdict(list)
     for sighting in candidates:
         if sighting.is_block:
@@ -161,7 +174,13 @@ def _blocks(candidates: list[Sighting], layers: list[str]) -> list[Sighting]:
     # Of blocks around one another, which hold the same layers, the outer ones.
     rank = lambda blocks: (held(_names(blocks), layers), -blocks[0].name.count("."))  # noqa: E731
     blocks = max(repeated, key=rank, default=[])
-    return blocks if len({block.cells for block in blocks}) == 1 else []
+    return blocks if len({block.cells for block in blocks}) == 1 and not _are_side_by_side(blocks) else []
+
+
+def _are_side_by_side(blocks: list[Sighting]) -> bool:
+    """Whether no block was computed from another, as far as the graph shows, as the members of an ensemble are not."""
+    nodes = [block.node for block in blocks]
+    return None not in nodes and all({*nodes} & {*graph_behind(node)} == {node} for node in reversed(nodes))
 
 
 def _outermost(blocks: list[Sighting]) -> list[Sighting]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from sfr.model.candidates import Candidates
-from sfr.model.outputs import features_in, logits_in, named_parts
+from sfr.model.outputs import features_in, logits_in, named_parts, tensors_in
 from sfr.model.reading import Reader
 from sfr.model.settings import StageSettings
 from sfr.model.trace import Sighting, Trace
@@ -99,6 +99,9 @@ class _Watcher:
             output: of the model.
         """
         logits = logits_in(output)
+        last = next(
+            (each for each in reversed(tensors_in(output)) if each.is_floating_point() and not each.is_nested), None
+        )
         batches = self._batches
         if logits is not None and logits.ndim > 1:
             batches = list(dict.fromkeys([len(logits), *batches[:1]]))
@@ -110,6 +113,8 @@ class _Watcher:
             counts=Counter(type(module) for module in self._model.modules()),
             logits_shape=None if logits is None else tuple(logits.shape),
             logits_node=None if logits is None else logits.grad_fn,
+            last_shape=None if last is None else tuple(last.shape),
+            last_node=None if last is None else last.grad_fn,
             batch=next(iter(self._batches), None),
             layout=self._settings.layout,
             without_gradient=tuple(self._without_gradient) if self._gradient else (),

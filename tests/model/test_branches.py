@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import sfr
@@ -91,3 +92,58 @@ def test_if_no_two_stages_are_on_one_path_all_supervise_each_other():
     criterion = sfr.SFRLoss(model)
     criterion(model(torch.randn(4, 5)), torch.arange(4) % 3).backward()
     assert list(criterion.last.pairs) == ["first <- second"]
+
+
+class Member(nn.Module):
+    """A network of three resolutions, with its classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3, 2), nn.Conv2d(8, 8, 3, 2)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.second(self.first(x).relu()).relu()
+        return self.head(self.third(x).relu().mean((2, 3)))
+
+
+class Ensemble(nn.Module):
+    """Members side by side, whose logits are averaged."""
+
+    def __init__(self, members):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, x):
+        return torch.stack([member(x) for member in self.members]).mean(0)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_the_members_of_an_ensemble_do_not_supervise_each_other(count):
+    model = sfr.SFRWrapper(Ensemble(Member() for _ in range(count)))
+    criterion = sfr.SFRLoss(model)
+    criterion(model(torch.randn(4, 3, 16, 16)), torch.arange(4) % 3).backward()
+    last = f"members.{count - 1}"
+    assert model.sfr.stage_names == tuple(f"{last}.{name}" for name in ("first", "second", "third"))
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_early_exits_do_not_hide_the_stages_behind_them(kind):
+    class EarlyExits(Member):
+        def __init__(self):
+            super().__init__()
+            self.exits = nn.ModuleList([nn.Linear(4, 3), nn.Linear(8, 3)])
+
+        def forward(self, x):
+            first = self.first(x).relu()
+            second = self.second(first).relu()
+            maps = [first, second, self.third(second).relu()]
+            heads = [*self.exits, self.head]
+            return kind(head(each.mean((2, 3))) for head, each in zip(heads, maps, strict=True))
+
+    model = sfr.SFRWrapper(EarlyExits())
+    criterion = sfr.SFRLoss(
+        model, label_loss=lambda exits, target: sum(F.cross_entropy(each, target) for each in exits)
+    )
+    criterion(model(torch.randn(4, 3, 16, 16)), torch.arange(4) % 3).backward()
+    assert list(criterion.last.pairs) == ["first <- second", "first <- third", "second <- third"]
