@@ -23,8 +23,8 @@ class SFRCallback(TrainerCallback):
 
     Args:
         criterion: the criterion that is the Trainer's ``compute_loss_func``.
-        resume_from: checkpoint folder to restore the criterion from, if it is neither ``args.resume_from_checkpoint``
-            nor the ``checkpoint-...`` folder of the step in ``args.output_dir``.
+        resume_from: checkpoint folder to restore the criterion from, if it is neither the one given to
+            ``trainer.train(resume_from_checkpoint=...)`` nor ``args.resume_from_checkpoint``.
 
     Example:
         >>> import sfr

@@ -25,8 +25,8 @@ def choose(trace: Trace) -> dict[str, Sighting]:
     """Return the stages by name, in forward order.
 
     Candidates are outputs before the classifier that are one floating-point tensor for the whole batch, of a module
-    called once, and that lead to the logits as far as the autograd graph shows; if that gives fewer than two stages, to
-    the last tensor that the model returns, as one with early exits does. The stages are
+    called once, and that lead to the logits as far as the autograd graph shows. Of an output without names it is not
+    known which part the logits are: the first tensor and the last one are tried, and more stages are better. They are
 
     1. in a model most of whose layers lie in blocks of one type at one resolution, one behind another (transformers,
        mixers): the outputs of those blocks, four evenly spaced in depth;
@@ -42,20 +42,23 @@ def choose(trace: Trace) -> dict[str, Sighting]:
     Raises:
         ValueError: if there are fewer than two stages.
     """
-    stages = _stages(trace)
-    if len(stages) < 2 and trace.last_node not in (None, trace.logits_node):
-        deepest = replace(trace, logits_shape=trace.last_shape, logits_node=trace.last_node)
-        stages = max(stages, _stages(deepest), key=len)
+    stages, apart = _stages(trace)
+    if trace.last_node not in (None, trace.logits_node):
+        deepest, _ = _stages(replace(trace, logits_shape=trace.last_shape, logits_node=trace.last_node))
+        stages = max(stages, deepest, key=len)
     if len(stages) < 2:
         raise ValueError(
-            f"found {len(stages)} stage(s) {_names(stages)} in {trace.model}, two are needed{_why_few(trace)}. "
-            f"{HOW_TO_NAME}"
+            f"found {len(stages)} stage(s) {_names(stages)} in {trace.model}, two are needed"
+            f"{_why_apart(apart) or _why_few(trace)}. {HOW_TO_NAME}"
         )
     return {stage.name: stage for stage in stages}
 
 
-def _stages(trace: Trace) -> list[Sighting]:
-    """Return the stages by the first rule that gives two of them; if none does, what the last one with any gave."""
+def _stages(trace: Trace) -> tuple[list[Sighting], list[Sighting]]:
+    """Return the stages by the first rule that gives two of them, and what was left out because it lies side by side.
+
+    If no rule gives two, the first are what the last rule with any gave.
+    """
     seen, body = _seen_and_body(trace)
     depth = _Depth(trace, body)
     layers = [sighting.name for sighting in seen if sighting.is_layer]
@@ -68,11 +71,23 @@ def _stages(trace: Trace) -> list[Sighting]:
         lambda: _resolutions(trace, seen, depth),  # of a model that ends in its last stage
     )
     stages: list[Sighting] = []
+    apart: list[Sighting] = []
     for rule in rules:
-        stages = rule() or stages
+        found = rule()
+        if _are_side_by_side(found):
+            apart = apart or found
+            found = found[-1:]
+        stages = found or stages
         if len(stages) > 1:
             break
-    return stages
+    return stages, apart
+
+
+def _are_side_by_side(stages: list[Sighting]) -> bool:
+    """Whether none was computed from another, as far as the graph shows, as the members of an ensemble are not."""
+    nodes = {stage.node for stage in stages}
+    several = None not in nodes and len(nodes) == len(stages) > 1
+    return several and all(nodes & {*graph_behind(node)} == {node} for node in nodes)
 
 
 def evenly(stages: list[Sighting]) -> list[Sighting]:
@@ -165,7 +180,7 @@ def _stable(trace: Trace, sightings: list[Sighting]) -> list[Sighting]:
 
 
 def _blocks(candidates: list[Sighting], layers: list[str]) -> list[Sighting]:
-    """Return the blocks of the type that holds most layers; none if at several resolutions, or side by side."""
+    """Return the blocks of the type that holds most layers; none if they work at several resolutions."""
     of_a_type: dict[type, list[Sighting]] = defaultdict(list)
     for sighting in candidates:
         if sighting.is_block:
@@ -174,13 +189,7 @@ def _blocks(candidates: list[Sighting], layers: list[str]) -> list[Sighting]:
     # Of blocks around one another, which hold the same layers, the outer ones.
     rank = lambda blocks: (held(_names(blocks), layers), -blocks[0].name.count("."))  # noqa: E731
     blocks = max(repeated, key=rank, default=[])
-    return blocks if len({block.cells for block in blocks}) == 1 and not _are_side_by_side(blocks) else []
-
-
-def _are_side_by_side(blocks: list[Sighting]) -> bool:
-    """Whether no block was computed from another, as far as the graph shows, as the members of an ensemble are not."""
-    nodes = [block.node for block in blocks]
-    return None not in nodes and all({*nodes} & {*graph_behind(node)} == {node} for node in reversed(nodes))
+    return blocks if len({block.cells for block in blocks}) == 1 else []
 
 
 def _outermost(blocks: list[Sighting]) -> list[Sighting]:
@@ -238,6 +247,13 @@ def _last(candidates: list[Sighting], key: Callable[[Sighting], int], depth: _De
         if level not in best or depth(sighting) <= depth(best[level]):
             best[level] = sighting
     return [sighting for sighting in candidates if best[key(sighting)] is sighting]
+
+
+def _why_apart(stages: list[Sighting]) -> str:
+    """Return what is to be said of outputs that lie side by side, as the rest of a sentence; nothing without any."""
+    if not stages:
+        return ""
+    return f": none of {_names(stages)} was computed from another, as far as the gradient goes, so that none is deeper"
 
 
 def _why_few(trace: Trace) -> str:

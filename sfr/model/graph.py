@@ -42,8 +42,6 @@ def graph_behind(node: Any, ends: Container[Any] = ()) -> Iterator[Any]:
 def on_other_branches(nodes: Mapping[str, Any]) -> frozenset[frozenset[str]]:
     """Return the pairs of names whose later node was not computed from the earlier one; none of a name without a node.
 
-    If that is so of all pairs, it is because no gradient passes between the parts of the model, and there is none.
-
     Args:
         nodes: autograd nodes by name, in the order in which they were made; None of what has no graph.
     """
@@ -51,7 +49,7 @@ def on_other_branches(nodes: Mapping[str, Any]) -> frozenset[frozenset[str]]:
     for i, (name, node) in enumerate(seen):
         behind = set(graph_behind(node))
         apart |= {frozenset((name, other)) for other, its in seen[:i] if its not in behind}
-    return frozenset(apart if len(apart) < len(seen) * (len(seen) - 1) // 2 else ())
+    return frozenset(apart)
 
 
 def names_behind(logits: Tensor, features: Mapping[str, Tensor]) -> list[str]:

@@ -30,6 +30,14 @@ def logits_in(output: Any) -> Tensor | None:
     return next((leaf for leaf in leaves if leaf.ndim > 1), leaves[0] if leaves else None)
 
 
+def last_in(output: Any) -> Tensor | None:
+    """Return the last floating-point tensor in a model's output; None if its parts have names that tell the logits."""
+    parts = named_parts(output)
+    if any(name in parts for name in LOGITS):
+        return None
+    return next(filter(_is_floating, reversed(tensors_in(output))), None)
+
+
 def the_logits(output: Any) -> Tensor:
     """Return the logits in a model's output, as :func:`logits_in`, or raise if other parts need a loss as well.
 

@@ -66,7 +66,8 @@ class Trace:
         calls: how often each submodule was called, by name.
         counts: how many modules of each type the model holds.
         logits_shape, logits_node: shape of the logits, and the autograd node that made them; None if there are none.
-        last_shape, last_node: the same of the last floating-point tensor in what the model returns.
+        last_shape, last_node: the same of the last tensor, if the model returns several and does not say by their names
+            which of them are the logits.
         batch: what the batch seems to be by the input; None if that shows none.
         layout: the layout of the stages, as the user stated it.
         without_gradient: names of the submodules that ran under ``torch.no_grad()`` where the model did not.

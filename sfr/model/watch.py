@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from sfr.model.candidates import Candidates
-from sfr.model.outputs import features_in, logits_in, named_parts, tensors_in
+from sfr.model.outputs import features_in, last_in, logits_in, named_parts
 from sfr.model.reading import Reader
 from sfr.model.settings import StageSettings
 from sfr.model.trace import Sighting, Trace
@@ -99,9 +99,7 @@ class _Watcher:
             output: of the model.
         """
         logits = logits_in(output)
-        last = next(
-            (each for each in reversed(tensors_in(output)) if each.is_floating_point() and not each.is_nested), None
-        )
+        last = last_in(output)
         batches = self._batches
         if logits is not None and logits.ndim > 1:
             batches = list(dict.fromkeys([len(logits), *batches[:1]]))

@@ -76,22 +76,39 @@ def test_stages_on_different_branches_do_not_supervise_each_other_unless_they_ar
     assert len(criterion.last.pairs) == len(stages) * (len(stages) - 1) // 2
 
 
-def test_if_no_two_stages_are_on_one_path_all_supervise_each_other():
-    """As where a network lets no gradient pass from one part of it to the next."""
+class Parts(nn.Module):
+    """No gradient passes from one part to the next."""
 
-    class Parts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second, self.head = nn.Linear(5, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, 16), nn.Linear(16, 16), nn.Linear(16, 3)
 
-        def forward(self, x):
-            first = self.first(x).relu()
-            return self.head(self.second(first.detach()).relu() + first)
+    def forward(self, x):
+        first = self.first(x).relu()
+        return self.head(self.second(first.detach()).relu() + first)
 
-    model = sfr.SFRWrapper(Parts())
+
+class Additive(nn.Module):
+    """A small network for each feature, whose logits are added."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(5))
+
+    def forward(self, x):
+        return sum(part(x[:, i : i + 1]) for i, part in enumerate(self.parts))
+
+
+@pytest.mark.parametrize("build", [Parts, Additive])
+def test_if_no_two_stages_are_on_one_path_they_have_to_be_named(build):
+    model = sfr.SFRWrapper(build())
+    with pytest.raises(ValueError, match=r"none of .* was computed from another, as far as the gradient goes"):
+        model(torch.randn(4, 5))
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][:2]
+    model = sfr.SFRWrapper(build(), stages=names)
     criterion = sfr.SFRLoss(model)
     criterion(model(torch.randn(4, 5)), torch.arange(4) % 3).backward()
-    assert list(criterion.last.pairs) == ["first <- second"]
+    assert list(criterion.last.pairs) == [f"{names[0]} <- {names[1]}"]
 
 
 class Member(nn.Module):
@@ -127,8 +144,9 @@ def test_the_members_of_an_ensemble_do_not_supervise_each_other(count):
     assert model.sfr.stage_names == tuple(f"{last}.{name}" for name in ("first", "second", "third"))
 
 
+@pytest.mark.parametrize("skipped", [0, 1])
 @pytest.mark.parametrize("kind", [list, tuple])
-def test_early_exits_do_not_hide_the_stages_behind_them(kind):
+def test_early_exits_do_not_hide_the_stages_behind_them(kind, skipped):
     class EarlyExits(Member):
         def __init__(self):
             super().__init__()
@@ -139,7 +157,7 @@ def test_early_exits_do_not_hide_the_stages_behind_them(kind):
             second = self.second(first).relu()
             maps = [first, second, self.third(second).relu()]
             heads = [*self.exits, self.head]
-            return kind(head(each.mean((2, 3))) for head, each in zip(heads, maps, strict=True))
+            return kind(head(each.mean((2, 3))) for head, each in list(zip(heads, maps, strict=True))[skipped:])
 
     model = sfr.SFRWrapper(EarlyExits())
     criterion = sfr.SFRLoss(
