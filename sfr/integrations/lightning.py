@@ -16,7 +16,8 @@ class SFRCallback(Callback):
     logs.
 
     Args:
-        criterion: the criterion; None takes the module's attribute ``criterion``.
+        criterion: the criterion; None takes the attribute ``criterion`` of the module that is being trained.
+        name: what the names in the log begin with. Callbacks for several criteria need names of their own.
 
     Example:
         >>> import lightning
@@ -24,19 +25,26 @@ class SFRCallback(Callback):
         >>> trainer = lightning.Trainer(callbacks=[SFRCallback()], accelerator="cpu", logger=False)
     """
 
-    def __init__(self, criterion: SFRLoss | None = None) -> None:
-        self.criterion = criterion
+    def __init__(self, criterion: SFRLoss | None = None, name: str = "sfr") -> None:
+        self._stated = self.criterion = criterion
+        self.name = name
+        self._is_submodule = False
+
+    @property
+    def state_key(self) -> str:
+        """What the callback's state is called in a checkpoint."""
+        return type(self).__qualname__ if self.name == "sfr" else self._generate_state_key(name=self.name)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look up the criterion."""
-        if self.criterion is None:
-            found = getattr(pl_module, "criterion", None)
-            if not isinstance(found, SFRLoss):
-                raise TypeError(
-                    f"{type(pl_module).__name__} has no attribute criterion that is an sfr.SFRLoss; pass it: "
-                    "SFRCallback(criterion)"
-                )
-            self.criterion = found
+        found = getattr(pl_module, "criterion", None) if self._stated is None else self._stated
+        if not isinstance(found, SFRLoss):
+            raise TypeError(
+                f"{type(pl_module).__name__} has no attribute criterion that is an sfr.SFRLoss; pass it: "
+                "SFRCallback(criterion)"
+            )
+        self.criterion = found
+        self._is_submodule = any(module is found for module in pl_module.modules())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -44,11 +52,11 @@ class SFRCallback(Callback):
         """Log label, feature, weight and share, and the similarity of each pair, as often as the Trainer logs."""
         every = getattr(trainer, "log_every_n_steps", 1)
         if self.criterion is not None and self.criterion.step and every and trainer.global_step % every == 0:
-            pl_module.log_dict({f"sfr/{name}": value for name, value in self.criterion.last.as_dict().items()})
+            pl_module.log_dict({f"{self.name}/{name}": value for name, value in self.criterion.last.as_dict().items()})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the criterion's state, for the checkpoint."""
-        return {} if self.criterion is None else dict(self.criterion.state_dict())
+        """Return the criterion's state, for the checkpoint, unless it is there as a submodule's."""
+        return {} if self.criterion is None or self._is_submodule else dict(self.criterion.state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the criterion's state."""

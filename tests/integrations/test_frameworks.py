@@ -90,11 +90,29 @@ def test_the_trainer_resumes_the_criterion_bit_for_bit(tmp_path, elsewhere):
     assert_equal(resumed.state_dict(), straight.state_dict())
 
 
+def test_the_state_of_another_run_in_the_same_folder_is_left_alone(tmp_path):
+    trainer_run(tmp_path / "run", steps=3)
+    trainer_run(tmp_path / "other", steps=3)
+    checkpoint = str(tmp_path / "run" / "checkpoint-3")
+    for folder, stated in (("other", None), ("run", tmp_path / "nowhere")):
+        with pytest.warns(UserWarning, match="the criterion starts anew"):
+            _, criterion, *_ = trainer_run(tmp_path / folder, steps=4, resume=checkpoint, resume_from=stated)
+        assert criterion.step == 1
+    _, criterion, *_ = trainer_run(tmp_path / "other", steps=4, resume=checkpoint, resume_from=checkpoint)
+    assert criterion.step == 4
+
+
+def test_a_run_that_was_resumed_is_resumed_again(tmp_path):
+    for steps in (3, 6, 9):
+        _, criterion, *_ = trainer_run(tmp_path, steps=steps, resume=steps > 3)
+        assert criterion.step == steps
+
+
 def test_a_checkpoint_without_the_criterion_is_a_warning(tmp_path):
     trainer_run(tmp_path)
     (tmp_path / "checkpoint-3" / "sfr_criterion.pt").unlink()
     with pytest.warns(
-        UserWarning, match=r"the criterion starts anew, because none of these files exists: .*resume_from="
+        UserWarning, match=r"the criterion starts anew, because none of these files exists and is .*resume_from="
     ):
         _, criterion, *_ = trainer_run(tmp_path, resume=str(tmp_path / "checkpoint-3"))
     assert criterion.step == 3
@@ -157,6 +175,65 @@ def test_lightning_logs_the_parts_and_resumes_bit_for_bit(make_net, tmp_path, ou
     resumed, again, *_ = fit(2, "resumed", trainer.checkpoint_callback.best_model_path)
     assert_equal(again.state_dict(), criterion.state_dict())
     assert_equal(resumed.model.state_dict(), straight.model.state_dict())
+
+
+def lightning_trainer(callbacks, steps=2):
+    return lightning.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+    )
+
+
+def lightning_data():
+    return DataLoader(TensorDataset(torch.randn(16, 3, 16, 16), torch.arange(16) % 10), 4)
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_a_lightning_checkpoint_holds_the_criterion_once(make_net, tmp_path, outside):
+    module = Module(make_net(), outside)
+    trainer = lightning_trainer([LightningCallback(module.get_criterion() if outside else None)])
+    trainer.fit(module, lightning_data())
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    saved = torch.load(tmp_path / "saved.ckpt", weights_only=False)
+    of_callback = saved["callbacks"].get("SFRCallback", {})
+    of_module = [name for name in saved["state_dict"] if name.startswith("criterion.")]
+    assert (bool(of_callback), bool(of_module)) == (outside, not outside)
+
+
+def test_a_lightning_callback_goes_with_the_module_that_is_trained(make_net):
+    callback = LightningCallback()
+    for weight in (0.5, 0.125):
+        module = Module(make_net(), outside=False)
+        module.criterion = sfr.SFRLoss(module.model, feature_weight=weight)
+        trainer = lightning_trainer([callback])
+        trainer.fit(module, lightning_data())
+        assert trainer.callback_metrics["sfr/weight"] == weight
+
+
+def test_lightning_logs_and_saves_two_criteria_by_their_names(make_net, tmp_path):
+    class Two(Module):
+        def training_step(self, batch):
+            return self.first(self.model(batch[0]), batch[1]) + self.second(self.other(batch[0]), batch[1])
+
+    module = Two(make_net(), outside=True)
+    module.other = sfr.SFRWrapper(make_net())
+    criteria = [sfr.SFRLoss(each, smoothing="class_mean") for each in (module.model, module.other)]
+    module.first, module.second = (lambda *given, each=each: each(*given) for each in criteria)
+    callbacks = [LightningCallback(criteria[0]), LightningCallback(criteria[1], name="second")]
+    trainer = lightning_trainer(callbacks)
+    trainer.fit(module, lightning_data())
+    assert {"sfr/label", "second/label"} <= trainer.callback_metrics.keys()
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    saved = torch.load(tmp_path / "saved.ckpt", weights_only=False)["callbacks"]
+    for callback, criterion in zip(callbacks, criteria, strict=True):
+        assert_equal(saved[callback.state_key], criterion.state_dict())
+    assert callbacks[0].state_key != callbacks[1].state_key
 
 
 def test_lightning_misses_a_criterion_it_is_not_told_of(make_net, tmp_path):
