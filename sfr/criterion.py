@@ -116,6 +116,11 @@ class SFRLoss(DropInLoss):
         return self._model
 
     @property
+    def supervisor(self) -> nn.Module | None:
+        """The network that gives the deep features in place of the model's own, if there is one."""
+        return None if self._supervisor is None else self._supervisor.network
+
+    @property
     def last(self) -> LossParts:
         """The parts of the last training loss.
 
@@ -161,13 +166,30 @@ class SFRLoss(DropInLoss):
 
     def _terms_of_step(self, features: Mapping[str, Tensor], logits: Tensor, arguments: Arguments | None) -> Terms:
         maps, joining = self.maps.of_step(features, logits if self.label_loss is None else None)
-        pairing = self._pairing(maps)
-        if self._supervisor is not None and maps:
-            of_supervisor = self._supervisor.features(tuple(maps), arguments, next(iter(features.values())))
-            maps, pairing = _supervised(maps, self.maps.of(of_supervisor), **pairing)
+        maps, pairing = self.supervised(maps, arguments, **self._pairing(maps))
         terms = feature_terms(maps, joining=joining, **self.config.of_terms() | pairing)
         self.warnings.see_terms(terms, self.step)
         return terms
+
+    def supervised(
+        self, maps: dict[str, Tensor], arguments: Arguments | None, *, order: Sequence[str], pairs: Any
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the maps, with those of the supervisor if there is one, and what is to be matched: order and pairs.
+
+        Args:
+            maps: of the model.
+            arguments: what it was called with.
+            order: names of all stages, the shallowest first.
+            pairs: see :class:`sfr.SFRConfig`.
+        """
+        if self._supervisor is None or not maps:
+            return maps, {"order": order, "pairs": pairs}
+        deep = self.maps.of(self._supervisor.features(tuple(maps), arguments, next(iter(maps.values()))))
+        names = {name: f"{name} of the supervisor" for name in order}
+        return {**maps, **{names[name]: each for name, each in deep.items()}}, {
+            "order": [*order, *names.values()],
+            "pairs": [(order[i], names[order[j]]) for i, j in resolve_pairs(pairs, order)],
+        }
 
     def terms_of(self, features: Mapping[str, Tensor]) -> Terms:
         """Return the feature term of every pair, of features as ``model.sfr.take_features`` gives them."""
@@ -197,19 +219,7 @@ class SFRLoss(DropInLoss):
         """Return a new criterion for the same model, without gate, beside a copy of another loss if one is given."""
         config = self.config if label_loss is None else self.config.without_label_term()
         own = copy.deepcopy(label_loss) if isinstance(label_loss, nn.Module) else label_loss
-        supervisor = None if self._supervisor is None else self._supervisor.network
-        return SFRLoss(self._model, config, label_loss=own, supervisor=supervisor, gate="none")
+        return SFRLoss(self._model, config, label_loss=own, supervisor=self.supervisor, gate="none")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_last": None}
-
-
-def _supervised(
-    maps: Mapping[str, Tensor], deep: Mapping[str, Tensor], *, order: Sequence[str], pairs: Any
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the maps of a model and of its supervisor, and the pairs between them."""
-    names = {name: f"{name} of the supervisor" for name in order}
-    return {**maps, **{names[name]: each for name, each in deep.items()}}, {
-        "order": [*order, *names.values()],
-        "pairs": [(order[i], names[order[j]]) for i, j in resolve_pairs(pairs, order)],
-    }

@@ -43,8 +43,9 @@ class DropInLoss(TensorState):
                 ``ModelOutput``, torchvision's segmentation models); whatever the `label_loss` takes, if there is one.
             target: class indices, shape (B,) or (B, ...), or soft targets of the shape of the logits; or whatever the
                 `label_loss` takes.
-            num_items_in_batch: labels in all the batches that one optimizer step accumulates; the loss is then this
-                batch's share of their mean. Hugging Face's ``Trainer(compute_loss_func=criterion)`` passes it.
+            num_items_in_batch: entries of the targets, other than -100, in all the batches that one optimizer step
+                accumulates: of soft targets K for each sample. The loss is then this batch's share of their mean.
+                Hugging Face's ``Trainer(compute_loss_func=criterion)`` passes it.
             index: numbers of the samples in the training set, shape (B,), for ``smoothing="past"``; else of no effect.
                 ``StackDataset(dataset, range(len(dataset)))`` of ``torch.utils.data`` gives each sample with its own.
             input: another name of `output`, that of ``nn.CrossEntropyLoss``.
@@ -63,5 +64,9 @@ class DropInLoss(TensorState):
         loss = self._loss(input if output is None else output, target, index)
         if num_items_in_batch is None:
             return loss
+        if not isinstance(target, Tensor):
+            raise TypeError(
+                f"num_items_in_batch needs a target that is a tensor, whose entries count; got {type(target).__name__}"
+            )
         # The Trainer counts the labels that are not -100, whatever is ignored here: only so the shares sum to one.
         return loss * ((target != IGNORE_INDEX).sum() / num_items_in_batch)

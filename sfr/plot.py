@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from sfr.feature.results import Pair
 from sfr.feature.term import matched_pairs, sides_present
 from sfr.model.outputs import part_with_graph
 from sfr.model.record import known_record
-from sfr.model.unchanged import unchanged
+from sfr.model.unchanged import buffers_kept, unchanged
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,8 +101,11 @@ def _new_axes() -> Axes:
 def _matched(criterion: SFRLoss, images: Tensor, pair: tuple[Stage, Stage]) -> tuple[Pair, tuple[Grid, Grid]]:
     """Return the nodes of both sides of a pair, and the grids that they lie on."""
     config, model = criterion.config, criterion.model
+    record = known_record(model)
     with unchanged(model):
-        features = known_record(model).take_features(part_with_graph(model(images)))
+        output = model(images)
+        arguments = record.recorder.arguments
+        features = record.take_features(part_with_graph(output))
     maps = criterion.maps.of(features)
     names = list(maps)
     [((shallow, grid), (deep, deep_grid))] = sides_present(maps, names, [pair], config.max_grid, config.matching)
@@ -111,7 +115,9 @@ def _matched(criterion: SFRLoss, images: Tensor, pair: tuple[Stage, Stage]) -> t
                 f"stage {name!r} is no map with two spatial axes, which could be drawn over an image: as a map its "
                 f"output has shape {tuple(maps[name].shape)}; choose two other stages of {', '.join(names)}"
             )
-    [matched] = matched_pairs(maps, order=names, **config.of_pairs() | {"pairs": [(shallow, deep)]})
+    with buffers_kept(criterion.supervisor) if criterion.supervisor else nullcontext():
+        sides, pairing = criterion.supervised(maps, arguments, order=names, pairs=[(shallow, deep)])
+    [matched] = matched_pairs(sides, **config.of_pairs() | pairing)
     return matched, (grid, deep_grid)
 
 

@@ -542,6 +542,13 @@ def test_share_of_an_accumulated_batch_is_by_its_labels(segmentation_batch, trai
     torch.testing.assert_close(share, whole / 4)
 
 
+@pytest.mark.parametrize("target", [None, {"class": 1}])
+def test_a_share_of_targets_that_cannot_be_counted_is_an_error(build, batch, target):
+    model, criterion = build(label_loss=lambda output, _: output.square().mean(), smoothing="none")
+    with pytest.raises(TypeError, match="num_items_in_batch needs a target that is a tensor"):
+        criterion(model(batch[0]), target, num_items_in_batch=8)
+
+
 # The interface of nn.CrossEntropyLoss, and what a first user tries.
 
 

@@ -82,6 +82,28 @@ def test_a_patch_that_supervises_itself_gets_a_dot():
     assert sum(line.get_marker() == "o" for line in axes.lines) == 16
 
 
+def test_with_a_supervisor_its_deep_map_is_drawn_and_it_is_left_as_it_was():
+    class Still(Shifted):
+        """Its deep map is the shallow one, and a normalisation counts its batches."""
+
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            self.norm(x)
+            return self.head(self.deep(self.shallow(x)).mean(dim=(2, 3)))
+
+    supervisor = Still()
+    model = sfr.SFRWrapper(Shifted(), stages=["shallow", "deep"])
+    axes = sfr.plot.plan(sfr.SFRLoss(model, supervisor=supervisor), torch.rand(2, 3, 16, 16))
+    assert axes.get_title() == "shallow <- deep of the supervisor"
+    assert not arrows(axes)
+    assert supervisor.norm.num_batches_tracked == 0
+    assert supervisor.training
+    assert arrows(sfr.plot.plan(criterion_of(Shifted()), torch.rand(2, 3, 16, 16)))
+
+
 def test_the_figure_can_be_saved(make_net, tmp_path):
     criterion = sfr.SFRLoss(sfr.SFRWrapper(make_net()))
     axes = sfr.plot.plan(criterion, torch.rand(2, 3, 16, 16), ("1", "5"))

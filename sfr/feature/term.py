@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sfr.checks import check_choice, check_number
 from sfr.config import Cost, Grouping, Marginals, Matching, Pairs, Solver, Stage
 from sfr.feature.batched import batched_values
 from sfr.feature.channels import match_channels
@@ -53,22 +54,25 @@ def feature_terms(
             (``sfr.feature.fused``) or, where they cannot take the maps, as one batch (``sfr.feature.batched``); on the
             CPU by the compiled function (``sfr.feature.compiled_term``).
 
+    Raises:
+        ValueError: for an option that there is not, unknown stages, or maps of different batches or of an empty one.
+
     Example:
         >>> maps = {"layer1": torch.randn(2, 8, 16, 16), "layer2": torch.randn(2, 16, 8, 8)}
         >>> list(feature_terms(maps))
         ['layer1 <- layer2']
     """
     plain = cost == "cosine" and marginals == "uniform" and matching == "transport" and grouping == "mean"
+    stated: dict[str, Any] = {"order": order, "pairs": pairs, "max_grid": max_grid}
     if kernels and plain and detach_deep:
-        stated: dict[str, Any] = {"order": order, "pairs": pairs, "max_grid": max_grid}
         one_by_one = partial(feature_terms, solver=solver, kernels=False, **stated)
         terms = _terms_together(maps, sides_present(maps, **stated), joining, solver, one_by_one)
         if terms is not None:
             return terms
-    matched = list(matched_pairs(
-        maps, order=order, joining=joining, pairs=pairs, max_grid=max_grid, grouping=grouping, detach_deep=detach_deep,
-        cost=cost, matching=matching,
-    ))  # fmt: skip
+    _check(maps, cost=(cost, Cost), grouping=(grouping, Grouping), marginals=(marginals, Marginals),
+           matching=(matching, Matching), solver=(solver, Solver))  # fmt: skip
+    given: dict[str, Any] = {"grouping": grouping, "detach_deep": detach_deep, "cost": cost, "matching": matching}
+    matched = list(matched_pairs(maps, joining=joining, **stated, **given))
     if not matched:
         return NONE
     nodes = [pair.nodes for pair in matched]
@@ -82,9 +86,18 @@ def feature_terms(
     distances = None
     if cost == "sqeuclidean":
         distances = torch.stack(
-            [relative_distance(each.detach(), *pair.nodes) for each, pair in zip(found, matched, strict=True)]
+            [relative_distance(each.detach(), *own) for each, own in zip(found, nodes, strict=True)]
         )
     return Terms([pair.name for pair in matched], values * finite, finite, distances)
+
+
+def _check(maps: Mapping[str, Tensor], **options: tuple[str, Any]) -> None:
+    """Raise unless each option is one of its choices, and the maps are of one batch."""
+    for name, (value, choices) in options.items():
+        check_choice(name, value, choices)
+    batches = {name: len(each) for name, each in maps.items()}
+    if len(set(batches.values())) > 1 or 0 in batches.values():
+        raise ValueError(f"the maps must be of one batch of at least one image; got {batches}")
 
 
 def _load_fused() -> Callable[..., tuple[Tensor, Tensor]]:
@@ -227,6 +240,7 @@ def _sides(
     pairs: tuple[tuple[str, str], ...], shapes: tuple[tuple[str, Grid], ...], max_grid: int, matching: Matching
 ) -> Sequence[tuple[Side, Side]]:
     """Return what :func:`sides_present` does, of the names of all pairs and the spatial shapes of the maps there."""
+    check_number("max_grid", max_grid, 1, whole=True)
     spatial, sides = dict(shapes), []
     for shallow, deep in pairs:
         if shallow in spatial and deep in spatial:

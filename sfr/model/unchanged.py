@@ -21,20 +21,33 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put the buffers back afterwards, as they were."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+
+
+@contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Train inside, and put buffers, gradients, mode and random state back afterwards."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     devices = {parameter.device for parameter, _ in gradients if parameter.device.type == "cuda"}
     for parameter, _ in gradients:
         parameter.grad = None
     try:
-        with modes_kept(model), torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
+        with (
+            modes_kept(model),
+            buffers_kept(model),
+            torch.random.fork_rng(devices=list(devices)),
+            torch.enable_grad(),
+        ):
             model.train()
             yield
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])

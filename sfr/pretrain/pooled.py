@@ -16,6 +16,9 @@ from sfr.model.outputs import feature_of
 
 ACTIVATIONS = {
     *(F.relu, F.relu6, F.hardtanh, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardswish, F.prelu),
+    *(F.rrelu, F.threshold, F.softplus, F.softsign, F.logsigmoid, F.hardsigmoid, F.tanhshrink, F.hardshrink),
+    *(F.softshrink, F.sigmoid, F.tanh, torch.sigmoid, torch.sigmoid_, torch.tanh, torch.tanh_),
+    *(Tensor.sigmoid, Tensor.sigmoid_, Tensor.tanh, Tensor.tanh_),
     *(torch.relu, torch.relu_, torch.prelu, Tensor.relu, Tensor.relu_),
 }
 

@@ -72,6 +72,17 @@ def test_activation_may_be_a_function_that_writes_over_its_input() -> None:
     torch.testing.assert_close(PooledFeatures(model)(IMAGES), expected)
 
 
+@pytest.mark.parametrize(
+    "activation",
+    [nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.RReLU, nn.Hardsigmoid, nn.Tanhshrink, nn.SELU],
+)
+def test_any_activation_of_torch_is_one(activation: Any) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), activation(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(8, 4)
+    )
+    torch.testing.assert_close(PooledFeatures(model)(IMAGES), model[0](IMAGES).mean(dim=(2, 3)))
+
+
 def test_activation_of_a_vector_may_write_over_its_input() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(6, 2))
     images = torch.randn(4, 3, 2, 2)
