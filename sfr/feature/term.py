@@ -85,9 +85,7 @@ def feature_terms(
     values = torch.stack([each.reshape(finite.shape[1], -1).mean(dim=1) for each in found])
     distances = None
     if cost == "sqeuclidean":
-        distances = torch.stack(
-            [relative_distance(each.detach(), *own) for each, own in zip(found, nodes, strict=True)]
-        )
+        distances = torch.stack([relative_distance(x.detach(), *own) for x, own in zip(found, nodes, strict=True)])
     return Terms([pair.name for pair in matched], values * finite, finite, distances)
 
 

@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from sfr.model.graph import graph_behind
 from sfr.model.kinds import ancestors, held, is_container, outermost
+from sfr.model.sharded import check_whole
 from sfr.model.stages import HOW_TO_NAME
 from sfr.model.trace import Sighting, Trace
 
@@ -40,7 +41,7 @@ def choose(trace: Trace) -> dict[str, Sighting]:
         trace: the watched forward.
 
     Raises:
-        ValueError: if there are fewer than two stages.
+        ValueError: if there are fewer than two stages, or what they return may be a part of the channels.
     """
     stages, apart = _stages(trace)
     if trace.last_node not in (None, trace.logits_node):
@@ -51,6 +52,7 @@ def choose(trace: Trace) -> dict[str, Sighting]:
             f"found {len(stages)} stage(s) {_names(stages)} in {trace.model}, two are needed"
             f"{_why_apart(apart) or _why_few(trace)}. {HOW_TO_NAME}"
         )
+    check_whole(stages, trace.sharded)
     return {stage.name: stage for stage in stages}
 
 

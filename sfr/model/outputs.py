@@ -102,7 +102,7 @@ def feature_of(name: str, output: Any) -> Tensor:
     """Return the feature in a stage's output: the tensor itself, or the first floating one of a container.
 
     Raises:
-        TypeError: naming the stage, if its output holds no floating-point tensor.
+        TypeError: naming the stage, if its output holds no floating-point tensor, or one that is spread over ranks.
     """
     features = features_in(output)
     if not features:
@@ -115,7 +115,17 @@ def feature_of(name: str, output: Any) -> Tensor:
             f"stage {name!r} returns no floating-point tensor but {_kind_of(output)}; tap a submodule that does, with "
             "stages=[...]"
         )
-    return features[0]
+    return on_this_rank(name, features[0])
+
+
+def on_this_rank(name: str, feature: Tensor) -> Tensor:
+    """Return the feature of a stage, or raise a ``TypeError`` if it is spread over several ranks."""
+    if type(feature) is not Tensor and hasattr(feature, "placements"):
+        raise TypeError(
+            f"stage {name!r} returns a DTensor, which lies on several ranks; wrap the model after parallelize_module, "
+            "or name stages that return plain tensors"
+        )
+    return feature
 
 
 def _is_packed(output: Any) -> bool:

@@ -19,6 +19,7 @@ from sfr.model.graph import on_other_branches
 from sfr.model.joining import Joining
 from sfr.model.kinds import ancestors
 from sfr.model.messages import JOINED, NO_FEATURES, OTHER_SETTINGS, TRANSFORMED
+from sfr.model.outputs import on_this_rank
 from sfr.model.reading import seen_logits, views_of
 from sfr.model.recorder import NEVER_FIRED_UNTIL_WARNING, WHY_SILENT, Recorder, Tap
 from sfr.model.rows import Returned
@@ -215,7 +216,7 @@ class Record:
         self.views = (self.views or {}) | views
         self.returned = self.returned or seen_logits(trace, views)
         self._watches += 1
-        return {name: trace.outputs[name] for name in names if name in trace.outputs}
+        return {name: on_this_rank(name, trace.outputs[name]) for name in names if name in trace.outputs}
 
     def _check_silence(self, model: nn.Module, called: Collection[str] = ()) -> None:
         """Raise an error that names the stages that did not fire and never will, as far as can be told.
@@ -284,7 +285,7 @@ def known_record(model: nn.Module) -> Record:
 
 
 def wrapped_in(model: object) -> nn.Module:
-    """Return the wrapped model that `model` is, or that DDP, FSDP, torch.compile, PEFT or any module hold.
+    """Return the wrapped model that `model` is, or else that DDP, FSDP, torch.compile, PEFT or any module hold.
 
     Raises:
         TypeError: if there is none.
@@ -294,7 +295,6 @@ def wrapped_in(model: object) -> nn.Module:
     found = {name: module for name, module in parts if record_of(module) is not None}
     if not found:
         raise TypeError(f"SFRLoss needs an SFRWrapper: model = sfr.SFRWrapper(model); got {type(model).__name__}")
-    if len(found) > 1:
-        names = ", ".join(repr(name) for name in found)
-        raise ValueError(f"{type(model).__name__} holds several wrapped models, {names}: pass one of them")
+    if len(found) > 1 and "" not in found:
+        raise ValueError(f"{type(model).__name__} holds several wrapped models, {[*found]}: pass one of them")
     return next(iter(found.values()))

@@ -71,6 +71,7 @@ class Trace:
         batch: what the batch seems to be by the input; None if that shows none.
         layout: the layout of the stages, as the user stated it.
         without_gradient: names of the submodules that ran under ``torch.no_grad()`` where the model did not.
+        sharded: names of the submodules whose weights were spread over several ranks while they ran.
         outputs: the outputs that are still there, by the name of their module.
         model: name of the model's class, for messages.
     """
@@ -85,5 +86,6 @@ class Trace:
     batch: int | None = None
     layout: Layout = "auto"
     without_gradient: tuple[str, ...] = ()
+    sharded: tuple[str, ...] = ()
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
     model: str = "the model"

@@ -15,6 +15,7 @@ from sfr.model.candidates import Candidates
 from sfr.model.outputs import features_in, last_in, logits_in, named_parts
 from sfr.model.reading import Reader
 from sfr.model.settings import StageSettings
+from sfr.model.sharded import has_sharded_weights
 from sfr.model.trace import Sighting, Trace
 
 
@@ -47,6 +48,7 @@ def watch(
         hooks.enter_context(torch.compiler.set_stance("force_eager"))
         for name, module in model.named_modules():
             if name and not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+                hooks.callback(module.register_forward_pre_hook(watcher.weights_hook(name)).remove)
                 hooks.callback(module.register_forward_hook(watcher.hook(name)).remove)
         output = (call or model)(*args, **kwargs)
     return output, watcher.trace(output)
@@ -66,6 +68,16 @@ class _Watcher:
         self._outputs: dict[str, TensorWeakRef] = {}
         self._calls: Counter[str] = Counter()
         self._without_gradient: dict[str, bool] = {}
+        self._sharded: list[str] = []
+
+    def weights_hook(self, name: str) -> Callable[..., None]:
+        """Return the hook that looks at the weights of a module, which FSDP2 has gathered by now."""
+
+        def see(module: nn.Module, _: Any) -> None:
+            if has_sharded_weights(module):
+                self._sharded.append(name)
+
+        return see
 
     def hook(self, name: str) -> Callable[..., None]:
         """Return the forward hook of a module."""
@@ -116,6 +128,7 @@ class _Watcher:
             batch=next(iter(self._batches), None),
             layout=self._settings.layout,
             without_gradient=tuple(self._without_gradient) if self._gradient else (),
+            sharded=tuple(self._sharded),
             outputs={name: feature for name, feature in outputs.items() if feature is not None},
             model=type(self._model).__name__,
         )
