@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from sfr.model.graph import graph_behind
 from sfr.model.kinds import ancestors, held, is_container, outermost
+from sfr.model.reasons import why_apart, why_few
 from sfr.model.sharded import check_whole
 from sfr.model.stages import HOW_TO_NAME
 from sfr.model.trace import Sighting, Trace
@@ -50,7 +51,7 @@ def choose(trace: Trace) -> dict[str, Sighting]:
     if len(stages) < 2:
         raise ValueError(
             f"found {len(stages)} stage(s) {_names(stages)} in {trace.model}, two are needed"
-            f"{_why_apart(apart) or _why_few(trace)}. {HOW_TO_NAME}"
+            f"{why_apart(_names(apart)) or why_few(trace, single_cells(trace))}. {HOW_TO_NAME}"
         )
     check_whole(stages, trace.sharded)
     return {stage.name: stage for stage in stages}
@@ -249,45 +250,6 @@ def _last(candidates: list[Sighting], key: Callable[[Sighting], int], depth: _De
         if level not in best or depth(sighting) <= depth(best[level]):
             best[level] = sighting
     return [sighting for sighting in candidates if best[key(sighting)] is sighting]
-
-
-def _why_apart(stages: list[Sighting]) -> str:
-    """Return what is to be said of outputs that lie side by side, as the rest of a sentence; nothing without any."""
-    if not stages:
-        return ""
-    return f": none of {_names(stages)} was computed from another, as far as the gradient goes, so that none is deeper"
-
-
-def _why_few(trace: Trace) -> str:
-    """Return why there are so few stages, as the rest of a sentence."""
-    unread = [sighting for sighting in trace.sightings if sighting.problem]
-    if unread:
-        stated = "" if trace.layout == "auto" else f" with layout={trace.layout!r}"
-        return f": {len(unread)} output(s) cannot be read{stated}; {unread[0].name!r}: {unread[0].problem}"
-    others = [sighting for sighting in trace.sightings if sighting.view is None]
-    if trace.sightings and len(others) == len(trace.sightings):
-        name, shape = others[0].name, others[0].shape
-        return f": no output has the batch, {trace.batch}, as its first axis: {name!r} has shape {shape}"
-    if trace.without_gradient:
-        return (
-            f": {len(trace.without_gradient)} module(s) ran without gradient, as {trace.without_gradient[0]!r}. With "
-            "gradient checkpointing pass use_reentrant=False; what runs under torch.no_grad() cannot be a stage"
-        )
-    weighty = {sighting.name for sighting in trace.sightings if any(True for _ in sighting.module.parameters())}
-    repeated = [name for name, count in trace.calls.items() if count > 1 and name in weighty]
-    if repeated:
-        return (
-            f": {len(repeated)} module(s) ran more than once in the forward, as {repeated[0]!r}, and a stage has "
-            "to run once. A model that calls one encoder for several inputs can call it once, on torch.cat([a, b]), "
-            "with its stages named"
-        )
-    if others:
-        return (
-            f": {len(others)} output(s) do not have the batch, {trace.batch}, as their first axis, as "
-            f"{others[0].name!r} of shape {others[0].shape}, and are stages only if they are named"
-        )
-    left_out = single_cells(trace)
-    return f": left out: {', '.join(left_out)}" if left_out else ""
 
 
 def _takes_a_pooled_map(module: nn.Module) -> bool:

@@ -98,6 +98,10 @@ def test_fewer_than_two_stages_are_an_error_with_what_was_seen():
         choose(traced(seen("a", conv(), 16)))
     with pytest.raises(ValueError, match=r"no output has the batch, 2, as its first axis: 'a'"):
         choose(traced(seen("a", conv(), 0)))
+    with pytest.raises(ValueError, match="the forward has called none of its submodules"):
+        choose(traced())
+    with pytest.raises(ValueError, match="no submodule has returned a floating-point tensor"):
+        choose(traced(again=["a"]))
     with pytest.raises(ValueError, match="ran more than once in the forward, as 'a'"):
         choose(traced(seen("a", conv(), 16), again=["a"]))
     with pytest.raises(ValueError, match=r"1 output\(s\) cannot be read; 'a': is odd"):
