@@ -190,6 +190,10 @@ PLANS = {
         Round("tenth-16px", "test", range(3, 5), ("vanilla", "ps-kd", "byot", "sfr", EARLIER, PAST)),
         Round("tenth-16px", "test", range(3), TESTED_VARIANTS),
         Round("tenth-16px", "test", range(5), (FEW_LABELS,)),
+        *(
+            Round("tenth-16px-short", "test", range(3), ("cutmix", "sfr-cutmix@gate=none"), model)
+            for model in ("resnet20", "resnet56")
+        ),
         Round("noise20-16px", "test", range(3), MAIN),
         Round("noise40-16px", "test", range(3), MAIN),
         Round("noise40-16px", "test", range(3), ("elr", NOISY_LABELS)),
