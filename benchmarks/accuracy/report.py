@@ -74,7 +74,7 @@ DENSE = {"unet": "U-Net, CamVid, mean IoU", "lraspp": "LR-ASPP, the same"}
 SUMMED = {"two lines": (OURS,), "its preset": (FEW_LABELS, NOISY_LABELS), "without the gate": (UNGATED,)}
 SUMMARY = """\
 Gain over plain training in points of accuracy at the last epoch: mean ± standard error (number of seeds), paired by
-seed. `python -m benchmarks.accuracy` with the schedule repeats it, `python -m benchmarks.segmentation` the last two."""
+seed. `python -m benchmarks.accuracy` with the schedule repeats it; the last two are [others](docs/segmentation.md)."""
 
 LEGEND = """\
 Accuracy in % at the last epoch, mean ± standard deviation over the seeds. "Against vanilla" is the difference in points

@@ -484,8 +484,16 @@ def test_the_criterion_is_not_misled_by_attributes_of_the_models_own(batch, name
 
 def test_the_criterion_asks_which_of_two_wrapped_models_is_meant():
     both = nn.ModuleDict({"student": sfr.SFRWrapper(Body()), "average": sfr.SFRWrapper(Body())})
-    with pytest.raises(ValueError, match="several wrapped models, 'student', 'average': pass one"):
+    with pytest.raises(ValueError, match=r"several wrapped models, \['student', 'average'\]: pass one"):
         sfr.SFRLoss(both)
+
+
+def test_a_wrapped_model_that_holds_another_is_the_one_that_is_meant(batch):
+    body = Body()
+    outer = sfr.SFRWrapper(nn.Sequential(body, nn.ReLU(), nn.Linear(10, 10)), stages=["0.first", "0.second"])
+    sfr.SFRWrapper(body)
+    assert sfr.SFRLoss(outer).model is outer
+    assert sfr.SFRLoss(body).model is body
 
 
 def test_pickles_of_the_wrapped_model_name_its_plain_class(batch):
