@@ -13,6 +13,7 @@ class Ramp:
 
     It is `start` for the first `after` steps, moves from there to `end` over `steps` steps, and stays at `end`. So it
     goes up (``Ramp(0, 0.2, 1000)``), down (``Ramp(0.2, 0, 10_000)``) or is cut off (``Ramp(0.2, 0, 1, after=5000)``).
+    The weight of the feature term counts the step under way, alpha and `early_learning` the steps before it.
 
     Args:
         start: first value, >= 0.

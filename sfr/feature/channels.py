@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfr.checks import check_floating
+from sfr.checks import check_floating, check_number
 from sfr.config import Grouping
 
 
@@ -34,11 +34,8 @@ def channel_segments(nodes: Tensor, channels: int) -> Tensor:
     check_floating("nodes", nodes)
     if nodes.ndim != 3:
         raise ValueError(f"nodes must have shape (B, N, C); got {tuple(nodes.shape)}")
-    if not isinstance(channels, int):
-        raise TypeError(f"channels must be an integer; got {channels!r}")
     batch, count, width = nodes.shape
-    if not 1 <= channels <= width:
-        raise ValueError(f"channels must lie in [1, {width}], the channels of the nodes; got {channels}")
+    check_number("channels", channels, 1, width, whole=True)
     groups = width // channels
     if groups * channels != width:
         nodes = F.adaptive_avg_pool1d(nodes, groups * channels)

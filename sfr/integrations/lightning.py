@@ -10,7 +10,7 @@ from sfr.criterion import SFRLoss
 
 
 class SFRCallback(Callback):
-    """Logs the parts of the loss, and keeps the criterion's state in the checkpoints.
+    """Logs the parts of the loss, ends its epochs, and keeps the criterion's state in the checkpoints.
 
     If the criterion is a submodule of the LightningModule, Lightning saves its state anyway; the callback then only
     logs.
@@ -53,6 +53,11 @@ class SFRCallback(Callback):
         every = getattr(trainer, "log_every_n_steps", 1)
         if self.criterion is not None and self.criterion.step and every and trainer.global_step % every == 0:
             pl_module.log_dict({f"{self.name}/{name}": value for name, value in self.criterion.last.as_dict().items()})
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over the class means of the epoch, with ``update="epoch"``."""
+        if self.criterion is not None:
+            self.criterion.end_epoch()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the criterion's state, for the checkpoint, unless it is there as a submodule's."""

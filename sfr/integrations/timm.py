@@ -29,7 +29,10 @@ class SFRTask(ClassificationTask):
     criterion: SFRLoss
 
     def __init__(self, model: nn.Module, criterion: SFRLoss | None = None, **options: Any) -> None:
-        super().__init__(model, criterion or SFRLoss(model), **options)
+        criterion = SFRLoss(model) if criterion is None else criterion
+        if not isinstance(criterion, SFRLoss):
+            raise TypeError(f"criterion must be an sfr.SFRLoss; got {type(criterion).__name__}")
+        super().__init__(model, criterion, **options)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return the loss, the output, and the parts of the loss."""

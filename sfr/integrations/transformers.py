@@ -17,7 +17,7 @@ RUN = "sfr.run"  # names the run in a checkpoint: in the criterion's file, and i
 
 
 class SFRCallback(TrainerCallback):
-    """Logs the parts of the loss, and saves and restores the criterion's state with the Trainer's checkpoints.
+    """Logs the parts of the loss, ends its epochs, and keeps the criterion's state in the Trainer's checkpoints.
 
     The log of each training loss also gets "sfr/label", "sfr/feature", "sfr/share", "sfr/weight" and the similarity of
     each pair, of the last batch of this process. Trackers (TensorBoard and others) see them only if the callback comes
@@ -64,6 +64,10 @@ class SFRCallback(TrainerCallback):
         logs.update(parts)
         if state.log_history:
             state.log_history[-1].update(parts)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Take over the class means of the epoch, with ``update="epoch"``."""
+        self.criterion.end_epoch()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Save the criterion's state into the checkpoint."""

@@ -149,6 +149,11 @@ class ClassMeans:
             check_sound(
                 name, value, axes=1 if name == "counts" else 2, sums=(1, 1) if name == "distributions" else None
             )
+        shapes = {name: tuple(value.shape) for name, value in found.items()}
+        if len({size for shape in shapes.values() for size in shape}) > 1:
+            raise ValueError(
+                f"the label statistics are damaged: of K classes they have (K, K) and counts (K,); got {shapes}"
+            )
         if self.update == "running":
             found.pop("sums", None)
         elif "distributions" in found and "sums" not in found:

@@ -27,7 +27,7 @@ class PastPredictions(TensorState):
         sync: take over what the other ranks of ``torch.distributed`` said: K + 1 numbers for each sample of a step. The
             ranks may have different numbers of samples, for which the host waits.
         momentum: weight of the newest prediction, in (0, 1]; the older ones fade by what it leaves. 1 keeps the last
-            alone.
+            alone. The table is in half precision, which loses what a momentum far below 0.01 adds in one step.
 
     Raises:
         TypeError, ValueError: for a number of samples that is none, or a momentum out of range.

@@ -5,7 +5,8 @@ NO_FEATURES = (
     "new SFRLoss. It needs a forward of the wrapped model (called as model(x), not model.forward(x), and not "
     "unwrapped) in training mode and with gradient just before it, outside of which it is called, and a forward of its "
     "own if several criteria share the model. It may be called again, "
-    "as for the two labels of MixUp, only with the very same logits and before the next forward. Other outputs of that "
+    "as for the two labels of MixUp, only with the very same logits and before the next forward, and not after a call "
+    "that was an error. Other outputs of that "
     "forward, as of auxiliary classifiers, get a plain loss, F.cross_entropy(auxiliary, target); or one label_loss= "
     "takes all outputs. For a validation loss call criterion.eval(), or compute it under torch.no_grad()."
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from sfr.step_warnings import LARGE_SHARE
 
 # Shares of the feature term in the first loss: between the two it is as it should be.
@@ -11,6 +13,8 @@ FITTED = 0.1  # a label term below it is that of labels that are fitted
 
 def effect_of(share: float, label: float, *, own_loss: bool = False) -> str:
     """Return what a feature term of this share in a loss with this label term will do."""
+    if not math.isfinite(label):
+        return "The label term is not finite: look at the batch, and at the weights of the model."
     if share > STRONG_SHARE and label < FITTED and not own_loss:
         return "The labels are fitted: what is left of the loss is the feature term."
     if share > LARGE_SHARE:

@@ -135,11 +135,20 @@ def power_temperature_scaling(features: Tensor, temperature: float = 0.1, power:
         temperature: T > 0. The authors use 0.1; they also tried 0.03 (with n = 3) and 0.2 (with n = 2).
         power: n >= 1.
 
+    Raises:
+        TypeError, ValueError: for a temperature or power out of range.
+
     Example:
         >>> power_temperature_scaling(torch.tensor([-0.8, 0.0, 2.7]))
         tensor([-2.,  0.,  3.])
     """
+    _check_scaling(temperature, power)
     return features.sign() * (features / temperature).abs().pow(1 / power)
+
+
+def _check_scaling(temperature: float, power: float) -> None:
+    check_number("temperature", temperature, 1e-6)
+    check_number("power", power, 1)
 
 
 class KDEPLoss(nn.Module):
@@ -192,8 +201,7 @@ class KDEPLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("aligner", aligner, Aligner)
-        check_number("temperature", temperature, 1e-6)
-        check_number("power", power, 1)
+        _check_scaling(temperature, power)
         check_number("weight", weight, 1e-12)
         self.alignment, self.aligner = alignment, aligner
         self.temperature, self.power, self.weight = temperature, power, weight

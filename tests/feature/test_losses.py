@@ -390,7 +390,7 @@ def test_what_are_no_nodes_is_refused_and_named(nodes: Any) -> None:
 def test_segments_of_the_wrong_axes_or_of_no_whole_width_are_refused() -> None:
     with pytest.raises(ValueError, match=r"shape \(B, N, C\); got \(2, 3\)"):
         sfr.channel_segments(torch.zeros(2, 3), 1)
-    with pytest.raises(TypeError, match=r"channels must be an integer; got 1.5"):
+    with pytest.raises(TypeError, match=r"channels must be an integer; got float 1.5"):
         sfr.channel_segments(torch.zeros(2, 3, 4), 1.5)  # type: ignore[arg-type]
 
 

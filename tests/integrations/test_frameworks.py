@@ -216,6 +216,29 @@ def test_a_lightning_callback_goes_with_the_module_that_is_trained(make_net):
         assert trainer.callback_metrics["sfr/weight"] == weight
 
 
+def test_the_callbacks_end_the_epochs(make_net, tmp_path):
+    module = Module(make_net(), outside=False)
+    module.criterion = sfr.SFRLoss(module.model, smoothing="class_mean", update="epoch")
+    module.criterion.labels.means.counts = torch.ones(10)
+    module.criterion.labels.means.distributions = torch.full((10, 10), 0.1)
+    module.criterion.labels.means.sums = torch.eye(10)
+    lightning_trainer([LightningCallback()], steps=4).fit(module, lightning_data())
+    assert not torch.equal(module.criterion.labels.distributions, torch.full((10, 10), 0.1))
+
+    model = sfr.SFRWrapper(resnet())
+    criterion = sfr.SFRLoss(model, smoothing="class_mean", update="epoch")
+    criterion.labels.means.counts, criterion.labels.means.sums = torch.ones(10), torch.eye(10)
+    criterion.labels.means.distributions = torch.full((10, 10), 0.1)
+    rows = [{"pixel_values": image, "labels": k % 10} for k, image in enumerate(torch.randn(16, 3, 16, 16))]
+    args = transformers.TrainingArguments(
+        str(tmp_path), num_train_epochs=1, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    trainer = transformers.Trainer(model, args, train_dataset=rows, compute_loss_func=criterion)
+    TrainerCallback(criterion).add_to(trainer)
+    trainer.train()
+    assert not torch.equal(criterion.labels.distributions, torch.full((10, 10), 0.1))
+
+
 def test_lightning_logs_and_saves_two_criteria_by_their_names(make_net, tmp_path):
     class Two(Module):
         def training_step(self, batch):

@@ -587,6 +587,19 @@ def test_damaged_statistics_are_refused(damage: str, dtype: torch.dtype) -> None
         DynamicLabelSmoothing().load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"distributions": torch.full((CLASSES, 2), 0.5)}, {"counts": torch.ones(CLASSES + 1)}],
+    ids=["oblong distributions", "counts of other classes"],
+)
+def test_statistics_that_do_not_fit_one_another_are_refused(change: dict[str, Tensor]) -> None:
+    criterion = DynamicLabelSmoothing()
+    criterion(*batch(60, seed=1))
+    state = criterion.state_dict() | change
+    with pytest.raises(ValueError, match=r"the label statistics are damaged: of K classes they have \(K, K\)"):
+        DynamicLabelSmoothing().load_state_dict(state)
+
+
 @pytest.mark.parametrize("target", [[[1.5, -0.5]], [[1.1, -0.1]]])
 def test_soft_targets_that_are_negative_are_refused(target: list[list[float]]) -> None:
     with pytest.raises(ValueError, match="target: the rows of soft targets must not be negative; got -0"):
