@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import sfr
-from common.options import key_value
+from common.options import fraction, key_value, positive, whole
 
 METHODS: dict[str, dict[str, Any] | None] = {
     "plain": None,
@@ -32,9 +32,9 @@ COLUMNS = ("accuracy, %", "calibration error, %", "test loss")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--labels", type=int, default=30, help="labelled images of each class")
-    add("--wrong", type=float, default=0.2, help="share of these labels that are wrong")
-    add("--epochs", type=int, default=40)
+    add("--labels", type=whole(1, 170), default=30, help="labelled images of each class")
+    add("--wrong", type=fraction, default=0.2, help="share of these labels that are wrong")
+    add("--epochs", type=positive, default=40)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--picture", type=Path, default=Path("runs/compare.png"))
     add("--sfr", nargs="+", type=key_value, default=[], metavar="KEY=VALUE", help="one more method, by its switches")

@@ -229,7 +229,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--teacher-weights", metavar="FILE", help="a model.pt, or `pretrained`; default: train the teacher first")
     add("--teacher-size", type=options.positive, default=128, help="pixels a side for weights of a library or package")
     add("--teacher-at", metavar="MODULE", help="take its features there; default: before its last activation")
-    add("--views", type=int, default=0, help="of each image, whose features are kept; 0: the teacher sees all epochs")
+    add("--views", type=options.not_negative, default=0, help="of each image, with features that are kept; 0: none")
     add("--feature-cache", type=Path, default=Path("runs", "teacher-features"), help="folder for --views")
     add("--student", dest="model", default="resnet8")
     add("--aligner", choices=get_args(Aligner), default="svd_pts")

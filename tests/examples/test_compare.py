@@ -31,6 +31,16 @@ def test_one_more_method_can_be_given(tmp_path, capfd):
     assert "as given - plain" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [("--labels", "1000", "from 1 to 170"), ("--labels", "0", "from 1 to 170"), ("--epochs", "0", "at least 1")],
+)
+def test_what_leaves_nothing_to_train_or_to_test_is_an_error(tmp_path, capfd, option, value, allowed):
+    with pytest.raises(SystemExit):
+        run_example("compare.py", tmp_path, option, value)
+    assert f"argument {option}: must be {allowed}, got {value}" in capfd.readouterr().err
+
+
 def test_standard_errors_are_those_of_the_pairs():
     plain, gains = [[80.0, 5, 1], [90, 5, 1]], [[82.0, 4, 1], [94, 2, 1]]
     results = torch.tensor([[plain[i], gains[i], plain[i], plain[i]] for i in range(2)])
