@@ -1,7 +1,7 @@
 """Do deep blocks that supervise shallow ones help a network to draw: a diffusion transformer, by flow matching.
 
     python -m benchmarks.generative --plan digits              # three seeds of all arms, an hour or two on a CPU
-    python -m benchmarks.generative --data-dir DIR             # the same of CIFAR-10 at 16 pixels, ten hours
+    python -m benchmarks.generative --data-dir DIR             # the same of CIFAR-10 at 16 pixels, six hours
     python -m benchmarks.generative --report                   # docs/generative.md from the cells that are there
 
 A cell is one arm and one seed, and one JSON file; cells that have theirs are not run again, and a cell that was killed
