@@ -62,7 +62,7 @@ SITUATIONS = {
     ("few-16px", "resnet20", "cifar100", "held-out"): "the same, 60 epochs",
     ("tenth", "resnet20", "cifar100", "held-out"): "the same, 32 px, 100 epochs",
     ("noise40-500", "resnet20", "cifar10", "held-out"): "ResNet-20, 10 % of CIFAR-10's labels, 40 % of them wrong",
-    ("noise40-16px", "resnet20", "cifar100", "test"): "20 % of CIFAR-100's labels likewise",
+    ("noise40-16px", "resnet20", "cifar100", "test"): "the same, 20 % of CIFAR-100's labels",
     ("full-30-16px", "resnet20", "cifar100", "held-out"): "ResNet-20, all of CIFAR-100, 16 px, 30 epochs",
     ("full-30", "resnet18", "cifar100", "test"): "ResNet-18, the same, 32 px",
     ("vit", "vit-small-images", "cifar10", "held-out"): "small ViT, 4 % of CIFAR-10's labels",
@@ -74,7 +74,7 @@ DENSE = {"unet": "U-Net, CamVid, mean IoU", "lraspp": "LR-ASPP, the same"}
 SUMMED = {"two lines": (OURS,), "its preset": (FEW_LABELS, NOISY_LABELS), "without the gate": (UNGATED,)}
 SUMMARY = """\
 Gain over plain training in points of accuracy at the last epoch: mean ± standard error (number of seeds), paired by
-seed. `python -m benchmarks.accuracy` with the schedule repeats it; the last two are [others](docs/segmentation.md)."""
+seed. `python -m benchmarks.accuracy` with the schedule repeats it; [segmentation](docs/segmentation.md) has its own."""
 
 LEGEND = """\
 Accuracy in % at the last epoch, mean ± standard deviation over the seeds. "Against vanilla" is the difference in points

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from sfr.model.graph import graph_behind
+from sfr.model.graph import graph_behind, on_other_branches
 from sfr.model.kinds import ancestors, held, is_container, outermost
 from sfr.model.reasons import why_apart, why_few
 from sfr.model.sharded import check_whole
@@ -88,9 +88,8 @@ def _stages(trace: Trace) -> tuple[list[Sighting], list[Sighting]]:
 
 def _are_side_by_side(stages: list[Sighting]) -> bool:
     """Whether none was computed from another, as far as the graph shows, as the members of an ensemble are not."""
-    nodes = {stage.node for stage in stages}
-    several = None not in nodes and len(nodes) == len(stages) > 1
-    return several and all(nodes & {*graph_behind(node)} == {node} for node in nodes)
+    apart = on_other_branches({stage.name: stage.node for stage in stages})
+    return len(stages) > 1 and len(apart) == len(stages) * (len(stages) - 1) // 2
 
 
 def evenly(stages: list[Sighting]) -> list[Sighting]:

@@ -3,10 +3,9 @@
 NO_FEATURES = (
     "no features are recorded. A criterion belongs to the model it was made for: for another one, or a copy, make a "
     "new SFRLoss. It needs a forward of the wrapped model (called as model(x), not model.forward(x), and not "
-    "unwrapped) in training mode and with gradient just before it, outside of which it is called, and a forward of its "
-    "own if several criteria share the model. It may be called again, "
-    "as for the two labels of MixUp, only with the very same logits and before the next forward, and not after a call "
-    "that was an error. Other outputs of that "
+    "unwrapped) in training mode and with gradient just before it, and is not called inside that forward. Of several "
+    "criteria for one model each needs a forward of its own. It may be called again, as for the two labels of MixUp, "
+    "only with the very same logits and before the next forward, never after a call that failed. Other outputs of that "
     "forward, as of auxiliary classifiers, get a plain loss, F.cross_entropy(auxiliary, target); or one label_loss= "
     "takes all outputs. For a validation loss call criterion.eval(), or compute it under torch.no_grad()."
 )

@@ -147,6 +147,12 @@ class Logged(lightning.Callback):
         self.names |= trainer.logged_metrics.keys()
 
 
+def lightning_trainer(callbacks, steps=2, **options):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    given = {"max_steps": steps, "enable_checkpointing": False} | options
+    return lightning.Trainer(accelerator="cpu", log_every_n_steps=1, callbacks=callbacks, **quiet, **given)
+
+
 @pytest.mark.parametrize("outside", [False, True])
 def test_lightning_logs_the_parts_and_resumes_bit_for_bit(make_net, tmp_path, outside):
     images, labels = torch.randn(16, 3, 16, 16), torch.arange(16) % 10
@@ -155,16 +161,9 @@ def test_lightning_logs_the_parts_and_resumes_bit_for_bit(make_net, tmp_path, ou
         torch.manual_seed(1)
         module, logged = Module(make_net(), outside), Logged()
         criterion = module.get_criterion() if outside else module.criterion
-        trainer = lightning.Trainer(
-            max_epochs=epochs,
-            default_root_dir=tmp_path / folder,
-            accelerator="cpu",
-            logger=False,
-            log_every_n_steps=1,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[LightningCallback(criterion if outside else None), logged],
-        )
+        callbacks = [LightningCallback(criterion if outside else None), logged]
+        options = {"max_epochs": epochs, "default_root_dir": tmp_path / folder, "enable_checkpointing": True}
+        trainer = lightning_trainer(callbacks, steps=-1, **options)
         trainer.fit(module, DataLoader(TensorDataset(images, labels), 4), ckpt_path=checkpoint)
         return module, criterion, trainer, logged
 
@@ -175,19 +174,6 @@ def test_lightning_logs_the_parts_and_resumes_bit_for_bit(make_net, tmp_path, ou
     resumed, again, *_ = fit(2, "resumed", trainer.checkpoint_callback.best_model_path)
     assert_equal(again.state_dict(), criterion.state_dict())
     assert_equal(resumed.model.state_dict(), straight.model.state_dict())
-
-
-def lightning_trainer(callbacks, steps=2):
-    return lightning.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        log_every_n_steps=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=callbacks,
-    )
 
 
 def lightning_data():
